@@ -20,7 +20,7 @@ from PIL import Image
 from . import generators as gens
 from .photos import Crop, render, sample_crops
 from .records import from_parquet, to_parquet, validate
-from .storage import InputError, atomic, cache_dir, digest, file_hash, report_progress, root, source_hash
+from .storage import InputError, cache_dir, digest, file_hash, report_progress, root, source_hash
 
 # %% ../../nbs/data/07_corpus.ipynb #57665b0a
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def png(image:np.ndarray, # uint8 (h, w, 3)
 
 def real_rows(crops:Sequence[Crop], images:np.ndarray, split:str)->pd.DataFrame:
     "Records of the real images of crops."
-    return pd.DataFrame([{"id": f"{split}/{c.id}", "image": png(x), "label": 0, "generator": "real", "family": "real", "source": c.photo,
-                          "split": split, "crop": c.id} for c, x in zip(crops, images)])
+    return pd.DataFrame([{"id": f"{split}/{c.id}", "image": png(x), "label": 0, "generator": "real", "family": "real",
+                          "source": c.photo, "split": split, "crop": c.id} for c, x in zip(crops, images)])
 
 def generated_rows(name:str, crops:Sequence[Crop], images:np.ndarray, split:str)->pd.DataFrame:
     "Records of what a generator makes of crops."
     family = gens.find(name).family
-    return pd.DataFrame([{"id": f"{split}/{c.id}/{name}", "image": png(x), "label": 1, "generator": name, "family": family, "source": c.photo,
-                          "split": split, "crop": c.id} for c, x in zip(crops, images)])
+    return pd.DataFrame([{"id": f"{split}/{c.id}/{name}", "image": png(x), "label": 1, "generator": name, "family": family,
+                          "source": c.photo, "split": split, "crop": c.id} for c, x in zip(crops, images)])
 
 # %% ../../nbs/data/07_corpus.ipynb #7c517460
 def assign(names:Sequence[str], # generators
@@ -167,7 +167,8 @@ def build_corpus(settings:CorpusSettings=CorpusSettings(), jobs:int=2)->pd.DataF
     if path.exists(): return from_parquet(path)
     from joblib import Parallel, delayed
     pool = pools(settings)
-    work = [("draw", pool["systematic"], "train", settings.train, 1, settings), ("draw", pool["manual"], "train", settings.train, 2, settings),
+    work = [("draw", pool["systematic"], "train", settings.train, 1, settings),
+            ("draw", pool["manual"], "train", settings.train, 2, settings),
             ("draw", pool["both"], "validation", settings.validation, 3, settings)]
     work += [("test", name, crops, settings) for name, crops in _jobs(settings)]
     parts, parallel = [], Parallel(n_jobs=jobs, return_as="generator")

@@ -120,8 +120,8 @@ def train_autoencoder(budget:float=1.)->dict[str, dict]:
 # %% ../../nbs/data/04_generator_training.ipynb #1618a04a
 def decoder_recipes(count:int, seed:int=7)->list[dict]:
     "Distinct recipes for the systematic set, in an order fixed by the seed."
-    grid = [dict(up=u, activation=a, last=k, loss=l)
-            for u, a, k, l in itertools.product(nets.Up.kinds, nets.ACTIVATIONS, (3, 5), LOSSES)]
+    grid = [dict(up=u, activation=a, last=k, loss=loss)
+            for u, a, k, loss in itertools.product(nets.Up.kinds, nets.ACTIVATIONS, (3, 5), LOSSES)]
     order = np.random.default_rng(seed).permutation(len(grid))
     return [grid[i] for i in order[:count]]
 
@@ -194,10 +194,11 @@ def _train_flow(label, family, file, settings, data, seed, steps, wrap, count, h
     for i in range(count):
         torch.manual_seed(100*seed + i)
         member = _new(nets.FlowUNet(**settings)); member.load_state_dict(base.state_dict())
-        more = fit(f"{label} members", lambda x, m=member: flow_loss(m, x), member, data(100*seed + i, .5), round(.03*steps*budget), lr=1e-3)
+        more = fit(f"{label} members", lambda x, m=member: flow_loss(m, x), member, data(100*seed + i, .5),
+                   round(.03*steps*budget), lr=1e-3)
         name, strength = f"{family.replace(' ', '-')}/{i}", strengths[i % len(strengths)]
         states[name] = _state(member)
-        parts, options = wrap(part("FlowUNet", file, name, **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}))
+        parts, options = wrap(part("FlowUNet", file, name, **settings))
         entries[name] = entry(family, family, parts, "held-out" if i >= count - held_out else "train",
                               f"strength {strength}, half of the photos", seconds + more, strength=strength, steps=4 + 2*(i % 2), **options)
     nets.save_models(file, states)
@@ -244,11 +245,13 @@ def train_super_resolution(budget:float=1., count:int=8, held_out:int=2)->dict[s
         def critic_loss(x, m=model, c=critic, s=scale):
             with torch.no_grad(): y = m(nets.shrink(x, s))
             return hinge(c, x, y)
-        seconds = fit("super-resolution members", loss, model, batches(64, 12, 300 + i, .5), round(350*budget), 5e-4, critic_loss, critic, 5e-4)
+        seconds = fit("super-resolution members", loss, model, batches(64, 12, 300 + i, .5), round(350*budget), 5e-4,
+                      critic_loss, critic, 5e-4)
         name = f"super-resolution/{i}"
         states[name] = _state(model)
         entries[name] = entry("SR-GAN", "super-resolution", [part("SuperResolver", "super-resolution.safetensors", name, scale=scale)],
-                              "held-out" if i >= count - held_out else "train", f"x{scale}, adversarial weight {weight}, half of the photos", seconds)
+                              "held-out" if i >= count - held_out else "train",
+                              f"x{scale}, adversarial weight {weight}, half of the photos", seconds)
     nets.save_models("super-resolution.safetensors", states)
     return entries
 
@@ -282,7 +285,8 @@ def measure(name:str, # generator in the index
     seconds = (time.perf_counter() - start)/len(images)
     error = np.square(out.astype(float) - images).mean((1, 2, 3))
     psnr = float(np.median(10*np.log10(255**2/error)))
-    return {"parameters": sum(p.numel() for m in parts for p in m.parameters()), "seconds_per_image": round(seconds, 4),
+    used = [parts[0].encoder, parts[0].codebook, parts[1]] if e["method"] == "vqvae" else parts # not the VQ-VAE's own decoder
+    return {"parameters": sum(p.numel() for m in used for p in m.parameters()), "seconds_per_image": round(seconds, 4),
             "psnr": None if e["method"] == "noise" else round(psnr, 2)}
 
 # %% ../../nbs/data/04_generator_training.ipynb #292e7c70

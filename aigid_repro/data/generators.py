@@ -56,11 +56,12 @@ def _trained_here()->list[Generator]:
 def _from_packages()->list[Generator]:
     from aigid_repro.data.pretrained import cards
     found, waifu = [], 0
-    for c in cards().itertuples():
+    for c in cards().to_dict("records"):
         role = "evaluation"
-        if c.family == "waifu2x":
+        if c["family"] == "waifu2x":
             waifu, role = waifu + 1, "held-out" if waifu % 3 == 2 else "train"
-        found.append(Generator(c.name, c.family, role, c.parameters, c.licence, c.training, c.package))
+        found.append(Generator(c["name"], c["family"], role, int(c["parameters"]), c["licence"], c["training data"], c["package"],
+                               recipe=c["note"]))
     return found
 
 @lru_cache

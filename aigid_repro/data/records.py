@@ -71,9 +71,10 @@ def _need(table:pd.DataFrame, columns:tuple[str, ...], name:str)->None:
 
 def _reject(table:pd.DataFrame, i:int, column:str, remedy:str, name:str):
     "Raise the error for row `i`."
-    row, value = table.iloc[i], repr(table[column].iloc[i])
+    value = table[column].iloc[i]
+    value = repr(value.item() if isinstance(value, np.generic) else value)
     value = value if len(value) < 80 else value[:76] + " ..."
-    raise InputError(f"{name}, row {i} (id {row['id']!r}): {column} is {value}; {remedy}")
+    raise InputError(f"{name}, row {i} (id {table['id'].iloc[i]!r}): {column} is {value}; {remedy}")
 
 # %% ../../nbs/data/02_records.ipynb #be506989
 def validate(table:pd.DataFrame, # record table

@@ -70,9 +70,9 @@ def convert_up(weight:Tensor, # (o, i, 3, 3) kernel that follows a nearest-neigh
     for a in range(2):
         for b in range(2):
             for k in range(3): # neighbour k-1 reaches output phase a through kernel row a + 1 - 2 (k - 1)
-                for l in range(3):
-                    row, column = a + 3 - 2*k, b + 3 - 2*l
-                    if 0 <= row < 4 and 0 <= column < 4: kernel[:, :, row, column] = phases[:, a, b, :, k, l].T
+                for m in range(3):
+                    row, column = a + 3 - 2*k, b + 3 - 2*m
+                    if 0 <= row < 4 and 0 <= column < 4: kernel[:, :, row, column] = phases[:, a, b, :, k, m].T
     return {"conv.weight": kernel, "conv.bias": bias.clone()}
 
 # %% ../../nbs/data/03_trained.ipynb #fdcbf35b
@@ -262,19 +262,21 @@ def weights_dir()->Path:
     "Where the shipped weights and their index lie."
     return root()/"data"/"generators"
 
+_REMEDY = "get it back with git, or train with nbs/data/train_generators.ipynb"
+
 @lru_cache
 def trained_index()->dict[str, dict]: # generator's name -> entry
     "Index of the generators trained here."
     path = weights_dir()/"models.json"
     try: return json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError as e: raise InputError(f"{path} is missing: get it back with git, or train with nbs/data/train_generators.ipynb") from e
+    except FileNotFoundError as e: raise InputError(f"{path} is missing: {_REMEDY}") from e
     except ValueError as e: raise InputError(f"{path} is damaged ({e}): get it back with git") from e
 
 @lru_cache
 def _weights(file:str)->dict[str, Tensor]:
     path = weights_dir()/file
     try: return load_file(path)
-    except FileNotFoundError as e: raise InputError(f"{path} is missing: get it back with git, or train with nbs/data/train_generators.ipynb") from e
+    except FileNotFoundError as e: raise InputError(f"{path} is missing: {_REMEDY}") from e
     except Exception as e: raise InputError(f"{path} is damaged ({e}): get it back with git") from e
 
 def save_models(file:str, # file name in the weights folder
@@ -325,13 +327,16 @@ def forward_trained(entry:dict, # index entry (its options are used)
     "Run given networks as the generator that the index entry describes."
     x, kind, options = to_tensor(images), entry["method"], entry.get("options", {})
     sources = [_noise_source(seed, image) for image in images]
-    each = lambda flow, y: torch.cat([reimagine(flow, v[None], options["strength"], options["steps"], g) for v, g in zip(y, sources)])
+    def each(flow, y): # image by image, since each has noise of its own
+        return torch.cat([reimagine(flow, v[None], options["strength"], options["steps"], g) for v, g in zip(y, sources)])
     if kind == "autoencoder": y = parts[1](parts[0](x))
     elif kind == "vqvae": y = parts[1](parts[0].quantise(parts[0].encoder(x)))
     elif kind == "latent flow": y = parts[1](each(parts[2], parts[0](x)/options["scale"])*options["scale"])
     elif kind == "pixel flow": y = each(parts[0], x)
     elif kind == "super-resolution": y = parts[0](shrink(x, parts[0].scale))
-    elif kind == "noise": y = torch.cat([parts[0](torch.randn(1, parts[0].latent, *(s//8 for s in x.shape[2:]), generator=g), g) for g in sources])
+    elif kind == "noise":
+        field = 1, parts[0].latent, x.shape[2]//8, x.shape[3]//8
+        y = torch.cat([parts[0](torch.randn(field, generator=g), g) for g in sources])
     else: raise InputError(f"models.json: unknown method {kind!r}")
     return to_images(y)
 

@@ -41,7 +41,7 @@ class Preprocessing:
             if any(missing): pixels = np.pad(pixels, [(m//2, m - m//2) for m in missing] + [(0, 0)], "symmetric")
             top, left = ((s - self.crop)//2 for s in pixels.shape[:2])
             pixels = pixels[top:top + self.crop, left:left + self.crop]
-        return self.normalise(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float()/255)
+        return self.normalise(torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)/255))
 
     def normalise(self, x:Tensor)->Tensor: # (..., 3, h, w) in [0, 1] -> same shape
         "Subtract the mean and divide by the standard deviation of each channel."
@@ -104,11 +104,13 @@ def load_detector(folder:Path|str)->Detector: # in evaluation mode
     try:
         config = json.loads((folder/"config.json").read_text(encoding="utf8"))
         state = load_file(folder/"model.safetensors")
-    except FileNotFoundError as e: raise InputError(f"{e.filename or folder}: no such file; a detector is a folder with config.json and model.safetensors") from e
+    except FileNotFoundError as e:
+        raise InputError(f"{folder}: a detector is a folder with config.json and model.safetensors; one is missing") from e
     except Exception as e: raise InputError(f"{folder}: damaged weights or config ({e}); get them again") from e
     detector = create(config["detector"], **config["settings"])
     p = config["preprocessing"]
     detector.preprocess = Preprocessing(**p | {k: tuple(p[k]) for k in ("mean", "std")})
     try: detector.load_state_dict(state)
-    except RuntimeError as e: raise InputError(f"{folder}: weights do not fit {config['detector']}: {str(e).splitlines()[1].strip()}") from e
+    except RuntimeError as e:
+        raise InputError(f"{folder}: weights do not fit {config['detector']}: {str(e).splitlines()[1].strip()}") from e
     return detector.eval()

@@ -154,7 +154,6 @@ def groups(predictions:pd.DataFrame, # long table
            reals:str="paired", # "paired", "all", or a column whose values real and generated images share
           )->Iterator[tuple[dict, np.ndarray]]: # what the group is, and positions of its rows
     "One group for each set, run and generator: its generated images and the real ones that stand against them."
-    check_predictions(predictions)
     if reals not in ("paired", "all") and reals not in predictions:
         raise InputError(f"reals={reals!r} is neither 'paired', nor 'all', nor a column of the predictions")
     keys = [c for c in _BLOCK if c in predictions]
@@ -194,6 +193,7 @@ def per_generator(predictions:pd.DataFrame, # long table
                   metrics:Iterable[str]=METRICS, # columns to compute
                  )->pd.DataFrame: # one row a group: set, run, factors, generator, family, metrics, n_real, n_generated
     "Metrics of each run on each generator."
+    check_predictions(predictions)
     labels, logits, rows = predictions["label"].to_numpy(), predictions["logit"].to_numpy(dtype=float), []
     for about, at in groups(predictions, reals):
         y, s = labels[at], logits[at]
@@ -288,21 +288,26 @@ class Resamples(NamedTuple):
 
     def each(self)->pd.DataFrame: # groups with value, low, high
         "Interval of each group by itself."
-        low, high = _quantiles(self.samples, self.level)
-        return self.groups.assign(value=self.values, low=low, high=high)
+        ends = [_interval(v, s, self.n, self.level) for v, s in zip(self.values, self.samples)]
+        return self.groups.assign(value=self.values, low=[a for a, _ in ends], high=[b for _, b in ends])
 
     def mean(self, by:str="generator", # "generator", "family" (families count the same), or "worst" generator
             )->Estimate:
-        "Interval of the mean over generators, then over runs."
+        "Interval of the mean over generators, then over runs (and sets, where there are several)."
         return _estimate(_average(self.groups, self.values[:, None], by)[0], _average(self.groups, self.samples, by),
                          self.n, self.level)
 
-def _quantiles(samples:np.ndarray, level:float)->tuple[np.ndarray, np.ndarray]:
-    "Percentile interval along the last axis."
-    return tuple(np.nanquantile(samples, [(1 - level)/2, (1 + level)/2], axis=-1))
+def _interval(value:float, samples:np.ndarray, n:int, level:float)->tuple[float, float]:
+    "Bias-corrected, expanded percentile interval."
+    samples = samples[np.isfinite(samples)] # a resample of very few photos may lack a class
+    if not len(samples): return np.nan, np.nan
+    below = (np.mean(samples < value) + np.mean(samples <= value))/2 # ties count half: AP = 1 again and again
+    z0 = stats.norm.ppf(np.clip(below, .01, .99))
+    q = stats.norm.cdf(2*z0 + stats.t.ppf([(1 - level)/2, (1 + level)/2], n - 1))
+    return tuple(map(float, np.quantile(samples, q)))
 
 def _estimate(value:float, samples:np.ndarray, n:int, level:float)->Estimate:
-    return Estimate(float(value), *map(float, _quantiles(samples, level)), n, float(np.nanstd(samples, ddof=1)))
+    return Estimate(float(value), *_interval(value, samples, n, level), n, float(np.nanstd(samples, ddof=1)))
 
 def _average(about:pd.DataFrame, values:np.ndarray, by:str)->np.ndarray:
     "Mean over generators (or families, or the worst one) of each run, then over runs; (groups, k) -> (k,)."
@@ -326,6 +331,7 @@ def resample(predictions:pd.DataFrame, # long table
              level:float=.95, # of the intervals
             )->Resamples:
     "Bootstrap a metric of each group over photos; all groups see the same draws."
+    check_predictions(predictions)
     if cluster not in predictions:
         raise InputError(f"predictions: no column {cluster!r} to resample; choose another, such as cluster='id'")
     found = list(groups(predictions, reals))

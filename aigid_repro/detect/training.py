@@ -9,6 +9,7 @@ __all__ = ['TrainSettings', 'train_settings', 'augment', 'decode', 'TrainingImag
 # %% ../../nbs/detect/04_training.ipynb #cf9570fa
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,8 +89,7 @@ class TrainingImages(Dataset):
     def __getitem__(self, address:tuple[int, int])->tuple[Tensor, np.float32]: # (3, crop, crop), label
         row, draw = address
         pixels = augment(self.images[row], self.settings, np.random.default_rng([self.settings.seed, 1, draw]))
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float()/255
-        return self.normalise(x), self.labels[row]
+        return self.normalise(torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)/255)), self.labels[row]
 
 class BalancedBatches(Sampler):
     "Batches with real and generated images in equal number; classes are shuffled epoch by epoch."
@@ -112,7 +112,7 @@ class BalancedBatches(Sampler):
 def learning_rate(step:int, s:TrainSettings)->float: # factor of the peak rate
     "Linear warm-up, then cosine to zero."
     warm = max(1, round(s.warmup*s.steps))
-    return (step + 1)/warm if step < warm else .5*(1 + np.cos(np.pi*(step - warm)/max(1, s.steps - warm)))
+    return (step + 1)/warm if step < warm else .5*(1 + math.cos(math.pi*(step - warm)/max(1, s.steps - warm)))
 
 def precision_of(s:TrainSettings)->str: # no or bf16
     "What `auto` means on this machine."
@@ -137,8 +137,9 @@ def train(settings:TrainSettings, records:pd.DataFrame, # real and generated row
          )->Detector: # trained, in evaluation mode, on the CPU
     "Train a detector."
     torch.manual_seed(settings.seed)
-    accelerator = Accelerator(mixed_precision=precision_of(settings), step_scheduler_with_optimizer=False,
-                              dataloader_config=_loading())
+    # autocast is ours, below: runs of one process may differ in precision; without a GPU Accelerate must be told to join processes
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", dataloader_config=_loading())
+    half = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision_of(settings) == "bf16")
     model = create(settings.detector, **dict(settings.options)).to(memory_format=torch.channels_last)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, settings.lr, weight_decay=settings.weight_decay)
@@ -150,7 +151,7 @@ def train(settings:TrainSettings, records:pd.DataFrame, # real and generated row
     net.train()
     for step, (x, y) in enumerate(loader, start):
         for group in optimiser.param_groups: group["lr"] = settings.lr*learning_rate(step, settings)
-        with accelerator.autocast(): logit = net(x.contiguous(memory_format=torch.channels_last))
+        with half: logit = net(x.contiguous(memory_format=torch.channels_last))
         loss = F.binary_cross_entropy_with_logits(logit.float(), y)
         optimiser.zero_grad()
         accelerator.backward(loss)
@@ -161,9 +162,10 @@ def train(settings:TrainSettings, records:pd.DataFrame, # real and generated row
             state = f"state-{step + 1}"
             accelerator.save_state(str(checkpoint/state))
             if accelerator.is_main_process:
-                with atomic(checkpoint/"progress.json") as p: p.write_text(json.dumps({"settings": key, "step": step + 1, "state": state}))
+                note = json.dumps({"settings": key, "step": step + 1, "state": state})
+                with atomic(checkpoint/"progress.json") as p: p.write_text(note)
         if accelerator.is_main_process: report_progress(f"training {settings.detector}", step + 1, settings.steps)
-    trained = accelerator.unwrap_model(net).eval().cpu()
+    trained = accelerator.unwrap_model(net).eval().cpu().to(memory_format=torch.contiguous_format)
     accelerator.free_memory()
     return trained
 

@@ -62,7 +62,8 @@ def _effects(item:Item, profile:str, claims:pd.DataFrame)->pd.DataFrame:
     "Effects of an item, by claim; unknown claims and other units are errors."
     path = item.folder(profile)/"effects.csv"
     try: effects = pd.read_csv(path).set_index("claim")
-    except (ValueError, KeyError): raise InputError(f"{path}: damaged; `make tables` derives it again") from None
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{path}: damaged; `make tables` derives it again") from None
     for claim, unit in effects.unit.items():
         if claim not in claims.index: raise InputError(f"{path}: claim '{claim}' is not in data/claims.csv")
         if unit != claims.unit[claim]:
@@ -99,7 +100,8 @@ def claims_table(profile:str="mini", # one of the profiles
         cost |= dict(command=run.get("command", command), deviations=run.get("deviations", []))
         rows += [dict(id=claim.Index) | _judge(claim, reason, effects) | cost for claim in mine.itertuples()]
     judged = pd.DataFrame(rows, columns=["id", *_RESULT]).set_index("id").reindex(claims.index)
-    return claims.join(judged).reset_index().fillna(dict(reason="", note=""))
+    words = judged[["reason", "note"]].astype(object).fillna("")
+    return claims.join(judged.assign(**words)).reset_index()
 
 # %% ../../nbs/review/02_claims.ipynb #ec9e1c65
 def verdict_line(table:pd.DataFrame, # what `claims_table` returned

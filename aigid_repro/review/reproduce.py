@@ -265,7 +265,8 @@ def _execute(item:Item, partial:Path, parameters:dict)->None:
     "Run a notebook in a fresh kernel; a failure is told in one line."
     import papermill
     from nbclient.exceptions import DeadKernelError
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    # what these say on an interruption or a dead kernel is said below, in one line
+    for name in ("papermill", "traitlets", "asyncio"): logging.getLogger(name).setLevel(logging.CRITICAL)
     target = partial/"notebook.ipynb"
     try:
         papermill.execute_notebook(str(item.notebook), str(target), parameters | dict(out=str(partial)),

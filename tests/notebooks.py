@@ -1,0 +1,67 @@
+"Notebooks and package in step, and every cell of the library notebooks runs."
+
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = 2
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    "Content of notebooks and package."
+    found = [p for kind in ("nbs/**/*.ipynb", "aigid_repro/**/*.py") for p in folder.glob(kind)]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found if ".ipynb_checkpoints" not in p.parts}
+
+
+def out_of_step() -> list[str]:
+    "Files that export or clean would change, found in a copy so that the checkout stays as it is."
+    with tempfile.TemporaryDirectory() as d:
+        for name in ("nbs", "aigid_repro"):
+            skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+            shutil.copytree(ROOT / name, Path(d) / name, ignore=skip)
+        for name in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT / name, d)
+        before = files(Path(d))
+        for command in ("nbdev_export", "nbdev_clean"):
+            subprocess.run([Path(sys.executable).parent / command], cwd=d, check=True)
+        after = files(Path(d))
+    return sorted(name for name in before | after if before.get(name) != after.get(name))
+
+
+def is_library(path: Path) -> bool:
+    "Experiment notebooks belong to the runner; library notebooks are numbered or stand at the top."
+    return (path.parent == ROOT / "nbs" or path.name[0].isdigit()) and ".ipynb_checkpoints" not in path.parts
+
+
+def main() -> int:
+    if changed := out_of_step():
+        for name in changed: print(f"out of step: {name}")
+        print("run .venv/bin/nbdev_export and .venv/bin/nbdev_clean, then commit what they change")
+        return 1
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ[name] = "1"
+    os.environ["MPLBACKEND"] = "agg"
+    notebooks = sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if is_library(p))
+    # the long ones first, so that the two processes end together
+    notebooks.sort(key=lambda p: not re.search(r"\btorch\b", p.read_text(encoding="utf8")))
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    skip = get_config(path=ROOT).tst_flags.split()
+    # workers are handed nbdev's function, not one of this file: a notebook takes the name __main__ in its process
+    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"),
+                             initializer=os.chdir, initargs=(ROOT / "nbs",)) as pool:
+        runs = [pool.submit(test_nb, path, skip, basepath=ROOT) for path in notebooks]
+    results = [(path.relative_to(ROOT).as_posix(), run.result()[0]) for path, run in zip(notebooks, runs)]
+    for name, passed in results:
+        if not passed: print(f"FAILED {name}")
+    failed = sum(not passed for _, passed in results)
+    print(f"{len(results) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__": sys.exit(main())
