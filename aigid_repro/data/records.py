@@ -307,7 +307,7 @@ def check_leakage(table:pd.DataFrame, # record table
             detail = [f"{n} of 63 bits differ" for n in d[new]]
             found.append(pd.DataFrame({"reason": "similar picture", "id_a": ids[i[new]], "split_a": a,
                                        "id_b": ids[j[new]], "split_b": b, "pairs": 1, "detail": detail}))
-    return pd.concat([f[columns] for f in found if len(f)] or found, ignore_index=True)
+    return pd.concat([f[columns] for f in found if len(f)] or found[:1], ignore_index=True)
 
 def assert_no_leakage(table:pd.DataFrame, # record table
                       **options, # of `check_leakage`
