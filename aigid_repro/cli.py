@@ -62,8 +62,9 @@ def _summary(rows:list[dict])->str:
 def _write_report(profile:str)->None:
     from aigid_repro.review.claims import claims_table, verdict_line
     from aigid_repro.review.report import report
-    path = report(profile)
-    print(verdict_line(claims_table(profile)))
+    claims = claims_table(profile)
+    path = report(profile, claims=claims)
+    print(verdict_line(claims))
     print(f"report: {path}")
 
 # %% ../nbs/cli.ipynb #73fc420d

@@ -394,10 +394,12 @@ def _item_part(item:Item, profile:str, data:str)->dict:
 # %% ../../nbs/review/03_report.ipynb #6e4f398f
 def report(profile:str="mini", # one of the profiles
            root:Path|None=None, # folder that holds data, results and nbs (default: the repository)
+           claims:pd.DataFrame|None=None, # what `claims_table` returned, where it is known already
           )->Path: # results/<profile>/report.html
     "Write the report of a profile from what is there."
     from jinja2 import DictLoader, Environment
-    root, claims = Path(root or storage.root()), claims_table(profile, root)
+    root = Path(root or storage.root())
+    if claims is None: claims = claims_table(profile, root)
     data, papers = data_stamp(root), {}
     for item in items(root): papers.setdefault(item.paper, []).append(_item_part(item, profile, data))
     counts = claims.verdict.value_counts()

@@ -9,6 +9,7 @@ __all__ = ['PROFILES', 'check_profile', 'parameter_names', 'check_parameters', '
 # %% ../../nbs/review/01_reproduce.ipynb #5132db4e
 import ast
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from ..data.storage import InputError, atomic, cache_dir, digest, explain, file_hash, source_hash
+from ..data.storage import InputError, atomic, cache_dir, digest, explain, file_hash, package_dir, source_hash
 from ..detect.results import Item, find_items, provenance, read_run
 
 # %% ../../nbs/review/01_reproduce.ipynb #4bcb8735
@@ -81,6 +82,11 @@ def data_stamp(root:Path, # folder that holds data
 # %% ../../nbs/review/01_reproduce.ipynb #0ea13a32
 def _room_stamp(module:str)->str:
     "Hash of the code that an item's module may use."
+    # several items of a paper, and several questions about each, share one answer while no file changes
+    return _hash_room(module, tuple(p.stat().st_mtime_ns for p in sorted(package_dir().glob("*/*.py"))))
+
+@functools.lru_cache(maxsize=64)
+def _hash_room(module:str, times:tuple[int, ...])->str:
     try: spec = importlib.util.find_spec(module)
     except ModuleNotFoundError: spec = None
     if spec is None: raise InputError(f"data/items.csv: no module '{module}'; run nbdev_export, or correct the name")
