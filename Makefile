@@ -45,4 +45,4 @@ lab: setup ## open the notebooks in JupyterLab
 clean: ## remove caches and unfinished runs of this checkout (results and .venv stay)
 	@rm -rf .pytest_cache .ruff_cache build *.egg-info
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
-	@find results -name '.*' -mindepth 1 -prune -exec rm -rf {} + 2>/dev/null || true
+	@find results -mindepth 1 \( -name '.*.partial' -o -name '.*.old' \) -prune -exec rm -rf {} +

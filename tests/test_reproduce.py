@@ -23,11 +23,11 @@ def folder(root):
 
 
 def content(path):
-    return {p.name: p.read_bytes() for p in path.iterdir()}
+    return {p.name: p.read_bytes() for p in path.iterdir() if p.name != ".made-here"}
 
 
 def left_over(root):
-    return [p.name for p in (root / "results").rglob(".*")]
+    return [p.name for p in (root / "results").rglob(".*") if p.name != ".made-here"]
 
 
 def fail_with(root, code):
@@ -220,3 +220,11 @@ def test_killed(project):
 def test_killed_between_the_two_renames(finished):
     folder(finished).rename(folder(finished).with_name(".coin.old"))
     assert reproduce(root=finished)[0]["status"] == "up to date" and not left_over(finished)
+
+
+def test_committed_results_are_made_again_in_a_fresh_clone(finished, capsys):
+    before = content(folder(finished))
+    (folder(finished) / ".made-here").unlink()
+    assert reproduce(root=finished)[0]["status"] == "done"
+    assert "predictions identical to the earlier ones" in capsys.readouterr().out
+    assert content(folder(finished))["table.csv"] == before["table.csv"]

@@ -178,7 +178,7 @@ def figures(predictions:pd.DataFrame)->dict:
                         fmt="o", ms=6, color=colours[roles[detector]])
         ax.axvline(.5, color="0.6", lw=1, ls=":")
         ax.set_title(titles[name], fontsize=10.5); ax.set_xlabel("AP")
-    axes[0].set_yticks(range(len(order)), order); axes[0].set_xlim(.4, 1.02)
+    axes[0].set_yticks(range(len(order)), order); axes[0].set_xlim(.3, 1.02)
     return {"figure": fig}
 
 # %% ../../nbs/commfor/03_generalization.ipynb #e65abaca

@@ -216,7 +216,8 @@ def train_latent_flow(budget:float=1., count:int=8, held_out:int=2)->dict[str, d
     with torch.no_grad(): scale = e(next(batches(128, 32, 2)).to(device())).std().item()
     def data(seed, share):
         for x in batches(128, 16, seed, share):
-            with torch.no_grad(): yield e(x.to(device()))/scale
+            with torch.no_grad(): z = e(x.to(device()))/scale
+            yield z # outside of no_grad, which would stay on in the caller
     fixed = [part("Encoder", "base.safetensors", "encoder"), part("Decoder", "base.safetensors", "decoder")]
     return _train_flow("latent flow", "latent flow", "latent-flow.safetensors", dict(channels=8, widths=(48, 64)),
                        data, 6, 6000, lambda p: ([*fixed, p], {"scale": scale}), count, held_out, budget, (.3, .45, .4, .55))

@@ -293,6 +293,8 @@ def _failed(item:Item, notebook:Path, parameters:dict)->Path:
     return place
 
 # %% ../../nbs/review/01_reproduce.ipynb #3ea79d55
+_MADE_HERE = ".made-here" # beside the results; git does not carry it to other checkouts
+
 def _threads(jobs:int|None)->dict[str, str]:
     one = dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"], "1")
     return one | ({"AIGID_JOBS": str(jobs)} if jobs else {})
@@ -330,12 +332,17 @@ def run_item(item:Item, # what to run
         shown = final.relative_to(item.root).as_posix()
         clean_notebook(partial/"notebook.ipynb", {str(partial): shown, f"{item.root}/": "", str(item.root): "."})
         (partial/"run.json").write_text(json.dumps(run, indent=1, default=str) + "\n", encoding="utf8")
+        (partial/_MADE_HERE).touch()
         swap(partial, final)
     except OSError as e: raise explain(e, final) from e
     finally: shutil.rmtree(partial, ignore_errors=True)
     return run
 
 # %% ../../nbs/review/01_reproduce.ipynb #87c3280f
+def _predictions_hash(folder:Path)->str: # empty where there are none
+    path = folder/"predictions.parquet"
+    return file_hash(path) if path.exists() else ""
+
 def reproduce(profile:str="mini", # one of PROFILES
               paper:str|None=None, # key of a paper; None means all
               item:str|None=None, # name of an item; None means all
@@ -354,16 +361,21 @@ def reproduce(profile:str="mini", # one of PROFILES
         for i in chosen: rows.append(_bring_up_to_date(i, given, jobs, data))
     return rows
 
+def _not_made_here(folder:Path)->str: # empty where the results were made in this checkout
+    return "" if (folder/_MADE_HERE).exists() else "its results came with the repository and were not made here"
+
 def _bring_up_to_date(item:Item, parameters:dict, jobs:int|None, data:str)->dict:
     "One row of `reproduce`."
     row = dict(item=item.key, status="up to date", minutes=0.0, memory=0, message="")
     try:
         recover(final := item.folder(parameters["profile"]))
-        if reason := outdated(item, parameters["profile"], parameters, data):
+        if reason := outdated(item, parameters["profile"], parameters, data) or _not_made_here(final):
             print(f"{item.key}: running ({reason})", flush=True)
+            before = _predictions_hash(final)
             run = run_item(item, parameters, jobs, data)
             row |= dict(status="done", minutes=run["seconds"]/60, memory=run["peak_memory_mb"])
-            print(f"{item.key}: done in {row['minutes']:.1f} min, {row['memory']} MB", flush=True)
+            same = f"; predictions {'identical to' if before == run['predictions_sha256'] else 'differ from'} the earlier ones"
+            print(f"{item.key}: done in {row['minutes']:.1f} min, {row['memory']} MB{same if before else ''}", flush=True)
         else:
             refreshed = refresh_prose(item.notebook, final/"notebook.ipynb")
             print(f"{item.key}: up to date{', prose refreshed' if refreshed else ''}", flush=True)
