@@ -9,10 +9,7 @@ must equal those of `exact=True`.
 """
 import argparse
 import io
-import os
 import time
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): os.environ[name] = "1"
 
 import cv2
 import numpy as np
@@ -125,7 +122,6 @@ if __name__ == "__main__":
     for name, default in dict(images=200, rounds=5, seed=0).items(): parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     data = files()
     print(f"{len(data)} PNG files of 512 x 512 px, {np.mean([len(d) for d in data])/1e3:.0f} kB on average; official mode, n_max 2")
     for size in 224, 384: compare(size, data, options.images, options.rounds, options.seed)

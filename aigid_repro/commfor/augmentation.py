@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Step', 'Program', 'OPERATIONS', 'KERNELS', 'MODES', 'DRAWS', 'TYPES', 'SHORT_SIDE', 'operation', 'apply_program',
            'crop', 'hflip', 'vflip', 'cutout', 'translate', 'target_size', 'resize', 'resized_crop', 'pad', 'rotate',
-           'shear', 'jpeg', 'size_after', 'draw_program', 'program_name', 'describe', 'CommForAugmentation', 'decode',
-           'to_tensor']
+           'shear', 'jpeg', 'size_after', 'drawn', 'draw_jpeg', 'draw_resize', 'draw_crop', 'draw_hflip', 'draw_vflip',
+           'draw_resized_crop', 'draw_rotate', 'draw_translate', 'draw_shear', 'draw_pad', 'draw_cutout',
+           'draw_program', 'program_name', 'describe', 'CommForAugmentation', 'decode', 'to_tensor']
 
 # %% ../../nbs/commfor/04_augmentation.ipynb #db35fb49
 import io
@@ -25,7 +26,10 @@ from PIL import Image
 from ..data.records import open_image
 from ..data.storage import InputError, digest
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #51ef0c09
+# %% ../../nbs/commfor/04_augmentation.ipynb #d8d21548
+cv2.setNumThreads(1) # one image, one thread: the loader's processes are what runs in parallel
+
+# %% ../../nbs/commfor/04_augmentation.ipynb #70afbb5b
 Step = tuple[str, dict] # name of the operation, its parameters
 Program = list[Step]
 OPERATIONS:dict[str, Callable] = {}
@@ -45,12 +49,13 @@ def apply_program(image, # PIL image, or uint8 array (h, w, 3)
         pixels = OPERATIONS[name](pixels, exact, **parameters)
     return pixels
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #508e4c1b
+# %% ../../nbs/commfor/04_augmentation.ipynb #2ae645f0
 @operation
 def crop(pixels, exact, top:int, left:int, height:int, width:int):
     "Cut out a rectangle."
     if min(top, left) < 0 or top + height > pixels.shape[0] or left + width > pixels.shape[1]:
-        raise InputError(f"crop of {width}x{height} at ({left}, {top}) leaves the image of {pixels.shape[1]}x{pixels.shape[0]}")
+        raise InputError(f"crop of {width}x{height} at ({left}, {top}) leaves the image of "
+                         f"{pixels.shape[1]}x{pixels.shape[0]}")
     return pixels[top:top + height, left:left + width]
 
 @operation
@@ -63,7 +68,7 @@ def vflip(pixels, exact):
     "Mirror top and bottom."
     return cv2.flip(pixels, 0)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #8708f5b9
+# %% ../../nbs/commfor/04_augmentation.ipynb #f0407edf
 @operation
 def cutout(pixels, exact, top:int, left:int, height:int, width:int, grey:int):
     "Fill a rectangle with one grey value."
@@ -76,10 +81,11 @@ def translate(pixels, exact, dx:int, dy:int):
     "Shift by whole pixels, right and down; black comes in."
     h, w = pixels.shape[:2]
     out = np.zeros_like(pixels)
-    out[max(0, dy):h + min(0, dy), max(0, dx):w + min(0, dx)] = pixels[max(0, -dy):h + min(0, -dy), max(0, -dx):w + min(0, -dx)]
+    kept = pixels[max(0, -dy):h + min(0, -dy), max(0, -dx):w + min(0, -dx)]
+    out[max(0, dy):h + min(0, dy), max(0, dx):w + min(0, dx)] = kept
     return out
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #ef09b635
+# %% ../../nbs/commfor/04_augmentation.ipynb #3ab92357
 KERNELS = {k: Image.Resampling[k.upper()] for k in ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")}
 
 def target_size(size:int|Sequence[int], # new short side, or (height, width)
@@ -99,13 +105,13 @@ def resize(pixels, exact, size, kernel:str):
     x = torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)[None] # channels last: no copy
     return F.interpolate(x, (h, w), mode=kernel, antialias=True)[0].permute(1, 2, 0).numpy()
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #46d672d2
+# %% ../../nbs/commfor/04_augmentation.ipynb #44eac451
 @operation
 def resized_crop(pixels, exact, top:int, left:int, height:int, width:int, size, kernel:str):
     "Cut out a rectangle and resample it."
     return resize(crop(pixels, exact, top, left, height, width), exact, size, kernel)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #2e2a883f
+# %% ../../nbs/commfor/04_augmentation.ipynb #7251ce86
 @operation
 def pad(pixels, exact, left:int, top:int, right:int, bottom:int, grey:int, size):
     "Add a border of one grey value, then resample (bilinear)."
@@ -114,16 +120,19 @@ def pad(pixels, exact, left:int, top:int, right:int, bottom:int, grey:int, size)
     out[top:top + h, left:left + w] = pixels
     return resize(out, exact, size, "bilinear")
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #08365c62
+# %% ../../nbs/commfor/04_augmentation.ipynb #41c5be1a
 def _inside(matrix:np.ndarray, h:int, w:int)->np.ndarray: # uint8 (h, w): 1 where the source position lies in the image
     "Per row the first and last pixel that see the image."
-    u, v = np.arange(w) + .5 - w/2, np.arange(h) + .5 - h/2
+    v = np.arange(h) + .5 - h/2
     low, high = np.full(h, -np.inf), np.full(h, np.inf)
     for (p, q), side in zip(matrix, (w, h)): # |p u + q v| < side/2
         p = p or 1e-12
         middle, reach = -q/p*v, side/2/abs(p)
         low, high = np.maximum(low, middle - reach), np.minimum(high, middle + reach)
-    return ((u > low[:, None]) & (u < high[:, None])).view(np.uint8)
+    # small integers compare fast; pixel x has its centre at u = x + 1/2 - w/2
+    first, end = (np.ceil(np.clip(edge + (w - 1)/2, 0, w)).astype(np.int16)[:, None] for edge in (low, high))
+    x = np.arange(w, dtype=np.int16)
+    return ((x >= first) & (x < end)).view(np.uint8)
 
 def _affine(pixels:np.ndarray, matrix, exact:bool)->np.ndarray:
     "Look up each pixel at `matrix` times its position relative to the centre; bilinear, black outside."
@@ -131,13 +140,14 @@ def _affine(pixels:np.ndarray, matrix, exact:bool)->np.ndarray:
     x, y = w/2, h/2
     shift = np.array([a*-x + b*-y + c for (a, b), c in zip(m, (x, y))])
     if exact:
-        return np.asarray(Image.fromarray(pixels).transform((w, h), Image.Transform.AFFINE, np.c_[m, shift].ravel(), KERNELS["bilinear"]))
+        image, numbers = Image.fromarray(pixels), np.c_[m, shift].ravel()
+        return np.asarray(image.transform((w, h), Image.Transform.AFFINE, numbers, KERNELS["bilinear"]))
     shift = shift + m.sum(1)/2 - .5 # Pillow counts from the corner of the first pixel, OpenCV from its centre
-    out = cv2.warpAffine(pixels.astype(np.float32), np.c_[m, shift], (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                         borderMode=cv2.BORDER_REPLICATE).astype(np.uint8)
-    return cv2.copyTo(out, _inside(m, h, w))
+    out = cv2.warpAffine(pixels.astype(np.float32), np.c_[m, shift], (w, h), borderMode=cv2.BORDER_REPLICATE,
+                         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return cv2.copyTo(out.astype(np.uint8), _inside(m, h, w))
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #329f20ea
+# %% ../../nbs/commfor/04_augmentation.ipynb #4bc89cbd
 @operation
 def rotate(pixels, exact, angle:float): # degrees, counter-clockwise
     "Rotate about the centre."
@@ -152,7 +162,7 @@ def shear(pixels, exact, x:float, y:float): # degrees
     # torchvision's order of operations: where values are cut off, the last digit of the matrix counts
     return _affine(pixels, [[s*t/c + 1, c*t/c], [s/c, 1]], exact)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #1dacc767
+# %% ../../nbs/commfor/04_augmentation.ipynb #a521918e
 @operation
 def jpeg(pixels, exact, quality:int, codec:str): # 1..100; pillow or opencv
     "One JPEG round trip."
@@ -164,7 +174,7 @@ def jpeg(pixels, exact, quality:int, codec:str): # 1..100; pillow or opencv
     _, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), (cv2.IMWRITE_JPEG_QUALITY, quality))
     return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #1376720f
+# %% ../../nbs/commfor/04_augmentation.ipynb #ff6d16ba
 def size_after(step:Step, h:int, w:int)->tuple[int, int]: # (height, width)
     "Size of an image of h x w after a step."
     name, p = step
@@ -172,7 +182,7 @@ def size_after(step:Step, h:int, w:int)->tuple[int, int]: # (height, width)
     if name == "resized_crop": return target_size(p["size"], p["height"], p["width"])
     return target_size(p["size"], h, w) if "size" in p else (h, w)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #75ee89c1
+# %% ../../nbs/commfor/04_augmentation.ipynb #eed1a06a
 def _between(rng, low:int, high:int)->int: return int(rng.integers(low, high + 1)) # both ends included
 def _pick(rng, options): return options[_between(rng, 0, len(options) - 1)]
 
@@ -200,38 +210,63 @@ def _cutout_place(rng, h:int, w:int)->dict|None:
         if height < h and width < w:
             return dict(top=_between(rng, 0, h - height), left=_between(rng, 0, w - width), height=height, width=width)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #9381f30e
+# %% ../../nbs/commfor/04_augmentation.ipynb #f74d204c
 MODES = "official", "clean"
+DRAWS:dict[str, Callable] = {}
 
-def _draw_crop(rng, h, w, size, mode):
+def drawn(f:Callable)->Callable: # f(rng, h, w, size, mode) -> parameters, or None: does not happen
+    "Register how a type of operation is drawn."
+    DRAWS[f.__name__.removeprefix("draw_")] = f
+    return f
+
+@drawn
+def draw_jpeg(rng, h, w, size, mode):
+    return dict(quality=_between(rng, 75, 100), codec=_pick(rng, ("pillow", "opencv")))
+
+@drawn
+def draw_resize(rng, h, w, size, mode):
+    return dict(size=_between(rng, size + 1, round(1.228*size)), kernel=_pick(rng, ("bilinear", "bicubic")))
+
+@drawn
+def draw_crop(rng, h, w, size, mode):
     return dict(top=_between(rng, 0, h - size), left=_between(rng, 0, w - size), height=size, width=size)
 
-def _draw_pad(rng, h, w, size, mode):
+@drawn
+def draw_hflip(rng, h, w, size, mode): return {} if rng.random() < .5 else None
+
+@drawn
+def draw_vflip(rng, h, w, size, mode): return {} if rng.random() < .5 else None
+
+@drawn
+def draw_resized_crop(rng, h, w, size, mode):
+    back = size if mode == "official" else [size, size] # quirk 1
+    return dict(**_resized_crop_place(rng, h, w), size=back, kernel=_pick(rng, tuple(KERNELS)))
+
+# %% ../../nbs/commfor/04_augmentation.ipynb #bf0eb23f
+@drawn
+def draw_rotate(rng, h, w, size, mode): return dict(angle=rng.uniform(-15, 15))
+
+@drawn
+def draw_translate(rng, h, w, size, mode):
+    return dict(dx=round(rng.uniform(-.1*w, .1*w)), dy=round(rng.uniform(-.1*h, .1*h)))
+
+@drawn
+def draw_shear(rng, h, w, size, mode): return dict(x=rng.uniform(-15, 15), y=rng.uniform(-15, 15))
+
+@drawn
+def draw_pad(rng, h, w, size, mode):
     left, top, right, bottom = (int(rng.uniform(0, .05)*side) for side in (w, h, w, h))
     back = [w, h] if mode == "official" else [h, w] # quirk 2
     return dict(left=left, top=top, right=right, bottom=bottom, grey=_between(rng, 0, 255), size=back)
 
-def _draw_resized_crop(rng, h, w, size, mode):
-    back = size if mode == "official" else [size, size] # quirk 1
-    return dict(**_resized_crop_place(rng, h, w), size=back, kernel=_pick(rng, tuple(KERNELS)))
-
-def _draw_cutout(rng, h, w, size, mode):
+@drawn
+def draw_cutout(rng, h, w, size, mode):
     place = _cutout_place(rng, h, w) if rng.random() < .5 else None
     return place and dict(**place, grey=_between(rng, 0, 255))
 
-def _draw_flip(rng, h, w, size, mode): return {} if rng.random() < .5 else None
-
-DRAWS = {
-    "jpeg": lambda rng, h, w, size, mode: dict(quality=_between(rng, 75, 100), codec=_pick(rng, ("pillow", "opencv"))),
-    "resize": lambda rng, h, w, size, mode: dict(size=_between(rng, size + 1, round(1.228*size)), kernel=_pick(rng, ("bilinear", "bicubic"))),
-    "crop": _draw_crop, "hflip": _draw_flip, "vflip": _draw_flip, "resized_crop": _draw_resized_crop,
-    "rotate": lambda rng, h, w, size, mode: dict(angle=rng.uniform(-15, 15)),
-    "translate": lambda rng, h, w, size, mode: dict(dx=round(rng.uniform(-.1*w, .1*w)), dy=round(rng.uniform(-.1*h, .1*h))),
-    "shear": lambda rng, h, w, size, mode: dict(x=rng.uniform(-15, 15), y=rng.uniform(-15, 15)),
-    "pad": _draw_pad, "cutout": _draw_cutout}
 TYPES = tuple(DRAWS)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #bf0eb23f
+# %% ../../nbs/commfor/04_augmentation.ipynb #cd32a3d6
 SHORT_SIDE = {224: 256, 384: 440}
 
 def draw_program(rng:np.random.Generator, size:int=224, # S, side of the training crop, px
@@ -243,7 +278,8 @@ def draw_program(rng:np.random.Generator, size:int=224, # S, side of the trainin
                 )->Program:
     "Draw everything that happens to one training image (Community Forensics, section 4)."
     if mode not in MODES: raise InputError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-    if unknown := set(types) - set(TYPES): raise InputError(f"unknown operation {unknown.pop()!r}; known: {', '.join(TYPES)}")
+    if unknown := set(types) - set(TYPES):
+        raise InputError(f"unknown operation {unknown.pop()!r}; known: {', '.join(TYPES)}")
     short = short or SHORT_SIDE.get(size) or round(8/7*size)
     if short < size: raise InputError(f"a short side of {short} px is less than the crop of {size} px")
     program = [("resize", dict(size=short, kernel="bilinear"))]
@@ -256,17 +292,17 @@ def draw_program(rng:np.random.Generator, size:int=224, # S, side of the trainin
         h, w = size_after(program[-1], h, w)
     return program
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #acbaa662
+# %% ../../nbs/commfor/04_augmentation.ipynb #cb3337fa
 def program_name(program:Sequence[Step])->str: # 16 hexadecimal digits
     "The same name for the same operations with the same parameters."
     return digest([[name, parameters] for name, parameters in program])
 
 def describe(program:Sequence[Step])->str:
     "A program in one line."
-    number = lambda v: f"{v:.4g}" if isinstance(v, float) else "x".join(map(str, v)) if isinstance(v, list) else str(v)
-    return "; ".join(" ".join([name, *map(number, p.values())]) for name, p in program)
+    def text(v): return f"{v:.4g}" if isinstance(v, float) else "x".join(map(str, v)) if isinstance(v, list) else str(v)
+    return "; ".join(" ".join([name, *map(text, p.values())]) for name, p in program)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #cb3337fa
+# %% ../../nbs/commfor/04_augmentation.ipynb #7a24d4d9
 @dataclass(frozen=True)
 class CommForAugmentation:
     "Random-state augmentation: uint8 image of any size in, uint8 crop out."
@@ -284,7 +320,7 @@ class CommForAugmentation:
     def __call__(self, pixels:np.ndarray, rng:np.random.Generator)->np.ndarray: # (h, w, 3) -> (size, size, 3), uint8
         return np.ascontiguousarray(apply_program(pixels, self.program(pixels.shape[:2], rng), self.exact))
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #f895fdc4
+# %% ../../nbs/commfor/04_augmentation.ipynb #a7efb8ef
 def decode(data:bytes # an encoded image
           )->np.ndarray: # uint8 (h, w, 3)
     "Pixels of an encoded image; PNG in 8-bit RGB takes a fast way."
