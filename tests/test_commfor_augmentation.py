@@ -2,8 +2,11 @@
 
 Golden data: `tests/parity/commfor/augmentation.npz` (images), `augmentation.json` (official draws), `image_a.png`.
 """
+import io
 import json
 import math
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from torchvision import transforms
 
 from aigid_repro.commfor import augmentation as aug
 from aigid_repro.data.photos import photo_dir, pool
+from aigid_repro.data.records import open_image
 from aigid_repro.data.storage import InputError
 
 FOLDER = Path(__file__).parent/"parity"/"commfor"
@@ -210,3 +214,40 @@ def test_the_callable_is_a_function_of_its_arguments(photos):
 ])
 def test_wrong_programs_say_what_is_wrong(photos, program, words):
     with pytest.raises(InputError, match=words): aug.apply_program(photos[0], program)
+
+
+@pytest.fixture(scope="module")
+def encoded():
+    buffer = io.BytesIO()
+    Image.open(FOLDER/"image_a.png").crop((0, 0, 60, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", [
+    ("PNG", "RGB", {}), ("PNG", "RGB", dict(compress_level=0)), ("PNG", "RGB", dict(transparency=(1, 2, 3))),
+    ("PNG", "L", {}), ("PNG", "P", {}), ("PNG", "RGBA", {}), ("PNG", "1", {}), ("JPEG", "RGB", {}), ("WEBP", "RGB", {}),
+])
+def test_decoding_equals_pillow(encoded, form):
+    kind, mode, options = form
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(encoded)).convert(mode).save(buffer, kind, **options)
+    pixels = aug.decode(buffer.getvalue())
+    assert pixels.dtype == np.uint8 and np.array_equal(pixels, np.asarray(open_image(buffer.getvalue())))
+
+
+def test_damaged_files_end_as_with_pillow(encoded):
+    "Refused by both, or read by both to the same pixels (damage that Pillow overlooks)."
+    rng, refused = np.random.default_rng(7), 0
+    for i in range(200):
+        data = bytearray(encoded)
+        if i%2: data[rng.integers(8, len(data) - 12)] ^= 1 + int(rng.integers(255))
+        else: data = data[:rng.integers(1, len(data) - 20)]
+        try: expected = np.asarray(open_image(bytes(data)))
+        except InputError:
+            refused += 1
+            with pytest.raises(InputError, match="cannot be read"): aug.decode(bytes(data))
+        else: assert np.array_equal(aug.decode(bytes(data)), expected)
+    assert refused > 100
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + encoded[24:29]
+    bomb = encoded[:12] + header + struct.pack(">I", zlib.crc32(header)) + encoded[33:]
+    with pytest.raises(InputError): aug.decode(bomb)

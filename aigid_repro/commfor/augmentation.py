@@ -326,8 +326,9 @@ def decode(data:bytes # an encoded image
     "Pixels of an encoded image; PNG in 8-bit RGB takes a fast way."
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:29] == b"\x08\x02\0\0\0": # 8 bit, RGB, not interlaced
         w, h = struct.unpack(">II", data[16:24])
-        try: return kornia_rs.io.decode_image_png_u8(data, (h, w), "rgb")
-        except Exception: pass # damaged or unusual: Pillow reads it, or the error names the file
+        if w*h <= Image.MAX_IMAGE_PIXELS: # a larger claim is Pillow's to refuse
+            try: return kornia_rs.io.decode_image_png_u8(data, (h, w), "rgb")
+            except Exception: pass # damaged or unusual: Pillow reads it, or says what is wrong
     return np.asarray(open_image(data))
 
 def to_tensor(pixels:np.ndarray, # uint8 (h, w, 3)
