@@ -149,6 +149,6 @@ def test_crops_show_something_and_lie_in_their_photo():
     table, crops = photos.pool(), photos.sample_crops("validation", 6)
     for c in crops:
         assert 0 <= c.left <= table.width[c.photo] - c.region and 0 <= c.top <= table.height[c.photo] - c.region
-        assert 64 <= c.region <= 183 and table.split[c.photo] == "validation"
-        spread, fine = photos.detail(photos.render(c))
+        assert 43 <= c.region <= 107 and table.split[c.photo] == "validation"
+        spread, fine = photos.detail(photos.region(c))
         assert spread > photos.MIN_SPREAD and fine > photos.MIN_DETAIL

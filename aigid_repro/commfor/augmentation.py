@@ -320,7 +320,7 @@ class CommForAugmentation:
     def __call__(self, pixels:np.ndarray, rng:np.random.Generator)->np.ndarray: # (h, w, 3) -> (size, size, 3), uint8
         return np.ascontiguousarray(apply_program(pixels, self.program(pixels.shape[:2], rng), self.exact))
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #a7efb8ef
+# %% ../../nbs/commfor/04_augmentation.ipynb #49cc5ab7
 def decode(data:bytes # an encoded image
           )->np.ndarray: # uint8 (h, w, 3)
     "Pixels of an encoded image; PNG in 8-bit RGB takes a fast way."

@@ -27,15 +27,15 @@ class ScalingSettings:
     spread:tuple=(12, 36) # generators over all families, beyond `fixed`
     families:tuple=(1, 2, 3, 6) # numbers of families
     fixed:int=6 # generators on the axis of families
-    train:dict=field(default_factory=lambda: dict(detector="high-pass-cnn", steps=300, batch=32, crop=64,
-                                                  resample=.5, noise=.5, jpeg=.3))
+    train:dict=field(default_factory=lambda: dict(detector="high-pass-cnn", steps=240, batch=32, crop=64,
+                                                  resample=.5, jpeg=.3))
 
 PRESETS = {"smoke": ScalingSettings(images=16, subsets=2, family_subsets=2, counts=(1, 4), spread=(), families=(1, 6),
                                     train=dict(detector="high-pass-cnn", steps=3, batch=8, crop=48)),
            "mini": ScalingSettings(),
            "gpu": ScalingSettings(images=640, subsets=10, family_subsets=12, counts=(1, 3, 10, 32, 96), spread=(12, 24, 36),
-                                  train=dict(detector="commfor-vit", steps=3000, batch=128, crop=112, lr=3e-4, resample=.5, noise=.5,
-                                             jpeg=.3, options=(("size", "small"), ("image", 112), ("patch", 16))))}
+                                  train=dict(detector="commfor-vit", steps=3000, batch=128, crop=112, lr=3e-4, resample=.5, jpeg=.3,
+                                             options=(("size", "small"), ("image", 112), ("patch", 16))))}
 
 def preset(profile:str, **changes)->ScalingSettings:
     "Settings of a profile; `paper` needs the public dataset and is not an embedded study."
@@ -107,7 +107,7 @@ def run_study(settings:ScalingSettings, corpus, # sizes of study and corpus
 
 # %% ../../nbs/commfor/02_scaling.ipynb #d452bd46
 SETS = {"systematic": "held-out latent decoders", "manual": "held-out members, other trained families",
-        "unseen": "families never trained on", "control": "bicubic control (not generated)"}
+        "unseen": "families never trained on", "bicubic control": "bicubic control", "sharpening control": "sharpening control"}
 FACTORS = ["axis", "n_generators", "n_families", "subset"]
 
 def run_table(predictions:pd.DataFrame)->pd.DataFrame: # one row a run and family: AP, accuracy
@@ -148,14 +148,15 @@ def figures(predictions:pd.DataFrame)->dict:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullLocator
     table = set_table(run_table(predictions)).astype({"axis": str, "set": str})
-    colours = dict(zip(SETS, ["#0072B2", "#009E73", "#D55E00", "0.45"]))
+    colours = dict(zip(SETS, ["#0072B2", "#009E73", "#D55E00", "0.35", "0.6"]))
+    dashes = {"bicubic control": "--", "sharpening control": ":"}
     fig, axes = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True)
     for which, ax in enumerate(axes):
         rows, x, label = _panel(table, which)
         for name, colour in colours.items():
             grouped = rows[rows.set == name].groupby(x).ap
             mean, error = grouped.mean(), grouped.sem().fillna(0)
-            ax.plot(mean.index, mean, color=colour, marker="o", ls="--" if name == "control" else "-", label=SETS[name])
+            ax.plot(mean.index, mean, color=colour, marker="o", ls=dashes.get(name, "-"), label=SETS[name])
             ax.fill_between(mean.index, mean - error, mean + error, color=colour, alpha=.18, lw=0)
             one = rows[rows.set == name]
             ax.scatter(one[x], one.ap, s=9, color=colour, alpha=.45, lw=0)
@@ -164,7 +165,7 @@ def figures(predictions:pd.DataFrame)->dict:
         ax.set_xticks(ticks, [str(t) for t in ticks]); ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(label)
     axes[0].set_ylabel("AP (mean over generators)")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     return {"figure": fig, "figure_families": _family_figure(predictions)}
 
 def _family_figure(predictions:pd.DataFrame):

@@ -104,11 +104,11 @@ def draw(names:Sequence[str], # generators
 # %% ../../nbs/data/07_corpus.ipynb #562d0bb9
 SYSTEMATIC = "latent decoder"
 
-def evaluation_set(family:str)->str: # systematic, manual, unseen or control
+def evaluation_set(family:str)->str: # systematic, manual, unseen, or the name of a control
     "Name of the evaluation set that a family belongs to."
     if family == SYSTEMATIC: return "systematic"
     roles = {g.role for g in gens.choose([family])}
-    return "control" if "control" in roles else "manual" if "train" in roles else "unseen"
+    return family if "control" in roles else "manual" if "train" in roles else "unseen"
 
 def evaluation_generators(settings:CorpusSettings=CorpusSettings())->list[str]:
     "Members of each family that are evaluated, spread evenly over those allowed."

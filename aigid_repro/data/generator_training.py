@@ -201,7 +201,7 @@ def _train_flow(label, family, file, settings, data, seed, steps, wrap, count, h
         parts, options = wrap(part("FlowUNet", file, name, **settings))
         entries[name] = entry(family, family, parts, "held-out" if i >= count - held_out else "train",
                               f"strength {strength}, half of the photos", seconds + more, strength=strength, steps=4 + 2*(i % 2), **options)
-    nets.save_models(file, states)
+    nets.save_models(file, states, bits=8)
     return entries
 
 def train_pixel_flow(budget:float=1., count:int=8, held_out:int=2)->dict[str, dict]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CREDITS', 'COLUMNS', 'REMEDY', 'SHARES', 'KERNELS', 'MIN_SPREAD', 'MIN_DETAIL', 'SCALES', 'MAX_OVERLAP', 'TRIES',
            'photo_dir', 'read_table', 'stratum', 'assign_splits', 'photo_id', 'check_original', 'shrink', 'webp',
-           'build_pool', 'pool', 'open_photo', 'check_pool', 'Crop', 'resized', 'render', 'detail', 'overlap',
+           'build_pool', 'pool', 'open_photo', 'check_pool', 'Crop', 'region', 'render', 'detail', 'overlap',
            'draw_crop', 'photo_crops', 'sample_crops']
 
 # %% ../../nbs/data/01_photos.ipynb #bf3dd966
@@ -214,21 +214,21 @@ class Crop:
     seed: int # of the noise
 
 # %% ../../nbs/data/01_photos.ipynb #f25b0300
-def resized(crop:Crop, # recipe
-            size:int=128, # side of the result
-           )->np.ndarray: # uint8, (size, size, 3)
-    "A crop's region at its final size, before noise."
+def region(crop:Crop, # recipe
+          )->np.ndarray: # uint8, (crop.region, crop.region, 3)
+    "A crop's region of the photo, as it is there."
     box = (crop.left, crop.top, crop.left + crop.region, crop.top + crop.region)
-    return np.asarray(_photo(crop.photo).crop(box).resize((size, size), KERNELS[crop.kernel]))
+    return np.asarray(_photo(crop.photo).crop(box))
 
 def render(crop:Crop, # recipe
            size:int=128, # side of the result
           )->np.ndarray: # uint8, (size, size, 3)
-    "Pixels of a crop: resized, then with its own noise; the same ones at every call."
-    pixels = resized(crop, size)
-    if crop.noise == 0: return pixels
-    noise = np.random.default_rng(crop.seed).normal(0, crop.noise, pixels.shape)
-    return (pixels + noise).round().clip(0, 255).astype(np.uint8)
+    "Pixels of a crop: its region with its own noise, then resized; the same ones at every call."
+    pixels = region(crop)
+    if crop.noise:
+        noise = np.random.default_rng(crop.seed).normal(0, crop.noise, pixels.shape)
+        pixels = (pixels + noise).round().clip(0, 255).astype(np.uint8)
+    return np.asarray(Image.fromarray(pixels).resize((size, size), KERNELS[crop.kernel]))
 
 # %% ../../nbs/data/01_photos.ipynb #7b8ffdda
 MIN_SPREAD, MIN_DETAIL = 12., 6.
@@ -241,7 +241,7 @@ def detail(pixels:np.ndarray, # uint8, (H, W, 3)
     return float(y.std()), float(np.abs(laplacian).mean())
 
 # %% ../../nbs/data/01_photos.ipynb #34ff694d
-SCALES = .7, 2. # final side over region's side: both shrinking and enlarging
+SCALES = 1.2, 3. # final side over region's side
 
 def overlap(a:Crop, b:Crop)->float: # 0 to 1
     "Shared area of two regions over the smaller one's area."
@@ -276,7 +276,7 @@ def photo_crops(photo:str, # photo id
         if len(found) == per_photo: break
         crop = draw_crop(photo, width, height, size, rng, f"{photo}-{len(found):03}")
         if any(overlap(crop, other) > MAX_OVERLAP for other in found): continue
-        spread, fine = detail(resized(crop, size))
+        spread, fine = detail(region(crop))
         if spread > MIN_SPREAD and fine > MIN_DETAIL: found.append(crop)
     return found
 

@@ -76,7 +76,7 @@ def audit(records:pd.DataFrame)->pd.DataFrame: # predictions: run = kind of feat
     return pd.concat([*parts, rest], ignore_index=True)
 
 # %% ../../nbs/detect/08_audit.ipynb #da047765
-SETS = ["systematic", "manual", "unseen", "control"]
+SETS = ["systematic", "manual", "unseen", "bicubic control", "sharpening control"]
 
 def audit_table(predictions:pd.DataFrame)->pd.DataFrame: # one row a family: AUC by kind of features
     "Area under the ROC curve of trivial classifiers, by family."
@@ -108,7 +108,7 @@ def figures(predictions:pd.DataFrame)->dict:
     fig, ax = plt.subplots(figsize=(7.2, 4.6))
     for kind, marker in zip(KINDS, "osD"): ax.plot(table[kind], np.arange(len(table)), marker, label=kind)
     ax.axvline(.5, color="0.5", lw=1, ls=":")
-    ax.set_yticks(np.arange(len(table)), [f"{r.family} ({r.set})" for r in table.itertuples()])
+    ax.set_yticks(np.arange(len(table)), [r.family if r.set == r.family else f"{r.family} ({r.set})" for r in table.itertuples()])
     ax.set_xlim(.35, 1.02); ax.set_xlabel("AUC of a classifier that knows only ... (0.5 = knows nothing)"); ax.legend(loc="lower right")
     return {"figure": fig}
 

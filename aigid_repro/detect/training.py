@@ -68,7 +68,7 @@ def augment(pixels:np.ndarray, # uint8 (h, w, 3)
     top, left = (rng.integers(0, max(1, d - s.crop + 1)) for d in pixels.shape[:2])
     if jpeg: # compressed whole, so that the 8x8 grid does not start at the crop
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(65, 99)))
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(75, 101)))
         pixels = np.asarray(Image.open(buffer))
     pixels = pixels[top:top + s.crop, left:left + s.crop]
     if noise: pixels = (pixels + rng.normal(0, rng.uniform(.5, 4), pixels.shape)).round().clip(0, 255).astype(np.uint8)
