@@ -9,7 +9,7 @@ __all__ = ['Step', 'Program', 'OPERATIONS', 'KERNELS', 'MODES', 'DRAWS', 'TYPES'
            'draw_resized_crop', 'draw_rotate', 'draw_translate', 'draw_shear', 'draw_pad', 'draw_cutout',
            'draw_program', 'program_name', 'describe', 'CommForAugmentation', 'decode', 'to_tensor']
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #db35fb49
+# %% ../../nbs/commfor/04_augmentation.ipynb #d8d21548
 import io
 import math
 import struct
@@ -26,10 +26,10 @@ from PIL import Image
 from ..data.records import open_image
 from ..data.storage import InputError, digest
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #d8d21548
+# %% ../../nbs/commfor/04_augmentation.ipynb #4c908cab
 cv2.setNumThreads(1) # one image, one thread: the loader's processes are what runs in parallel
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #70afbb5b
+# %% ../../nbs/commfor/04_augmentation.ipynb #189df6cd
 Step = tuple[str, dict] # name of the operation, its parameters
 Program = list[Step]
 OPERATIONS:dict[str, Callable] = {}
@@ -49,7 +49,7 @@ def apply_program(image, # PIL image, or uint8 array (h, w, 3)
         pixels = OPERATIONS[name](pixels, exact, **parameters)
     return pixels
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #2ae645f0
+# %% ../../nbs/commfor/04_augmentation.ipynb #8708f5b9
 @operation
 def crop(pixels, exact, top:int, left:int, height:int, width:int):
     "Cut out a rectangle."
@@ -68,7 +68,7 @@ def vflip(pixels, exact):
     "Mirror top and bottom."
     return cv2.flip(pixels, 0)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #f0407edf
+# %% ../../nbs/commfor/04_augmentation.ipynb #c76d2969
 @operation
 def cutout(pixels, exact, top:int, left:int, height:int, width:int, grey:int):
     "Fill a rectangle with one grey value."
@@ -85,7 +85,7 @@ def translate(pixels, exact, dx:int, dy:int):
     out[max(0, dy):h + min(0, dy), max(0, dx):w + min(0, dx)] = kept
     return out
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #3ab92357
+# %% ../../nbs/commfor/04_augmentation.ipynb #6858ddec
 KERNELS = {k: Image.Resampling[k.upper()] for k in ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")}
 
 def target_size(size:int|Sequence[int], # new short side, or (height, width)
@@ -105,13 +105,13 @@ def resize(pixels, exact, size, kernel:str):
     x = torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)[None] # channels last: no copy
     return F.interpolate(x, (h, w), mode=kernel, antialias=True)[0].permute(1, 2, 0).numpy()
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #44eac451
+# %% ../../nbs/commfor/04_augmentation.ipynb #e22a206e
 @operation
 def resized_crop(pixels, exact, top:int, left:int, height:int, width:int, size, kernel:str):
     "Cut out a rectangle and resample it."
     return resize(crop(pixels, exact, top, left, height, width), exact, size, kernel)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #7251ce86
+# %% ../../nbs/commfor/04_augmentation.ipynb #c73848ce
 @operation
 def pad(pixels, exact, left:int, top:int, right:int, bottom:int, grey:int, size):
     "Add a border of one grey value, then resample (bilinear)."
@@ -120,7 +120,7 @@ def pad(pixels, exact, left:int, top:int, right:int, bottom:int, grey:int, size)
     out[top:top + h, left:left + w] = pixels
     return resize(out, exact, size, "bilinear")
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #41c5be1a
+# %% ../../nbs/commfor/04_augmentation.ipynb #329f20ea
 def _inside(matrix:np.ndarray, h:int, w:int)->np.ndarray: # uint8 (h, w): 1 where the source position lies in the image
     "Per row the first and last pixel that see the image."
     v = np.arange(h) + .5 - h/2
@@ -147,7 +147,7 @@ def _affine(pixels:np.ndarray, matrix, exact:bool)->np.ndarray:
                          flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     return cv2.copyTo(out.astype(np.uint8), _inside(m, h, w))
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #4bc89cbd
+# %% ../../nbs/commfor/04_augmentation.ipynb #6aaccb51
 @operation
 def rotate(pixels, exact, angle:float): # degrees, counter-clockwise
     "Rotate about the centre."
@@ -162,7 +162,7 @@ def shear(pixels, exact, x:float, y:float): # degrees
     # torchvision's order of operations: where values are cut off, the last digit of the matrix counts
     return _affine(pixels, [[s*t/c + 1, c*t/c], [s/c, 1]], exact)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #a521918e
+# %% ../../nbs/commfor/04_augmentation.ipynb #583316e4
 @operation
 def jpeg(pixels, exact, quality:int, codec:str): # 1..100; pillow or opencv
     "One JPEG round trip."
@@ -174,7 +174,7 @@ def jpeg(pixels, exact, quality:int, codec:str): # 1..100; pillow or opencv
     _, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), (cv2.IMWRITE_JPEG_QUALITY, quality))
     return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #ff6d16ba
+# %% ../../nbs/commfor/04_augmentation.ipynb #3678cf03
 def size_after(step:Step, h:int, w:int)->tuple[int, int]: # (height, width)
     "Size of an image of h x w after a step."
     name, p = step
@@ -182,7 +182,7 @@ def size_after(step:Step, h:int, w:int)->tuple[int, int]: # (height, width)
     if name == "resized_crop": return target_size(p["size"], p["height"], p["width"])
     return target_size(p["size"], h, w) if "size" in p else (h, w)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #eed1a06a
+# %% ../../nbs/commfor/04_augmentation.ipynb #ae88c369
 def _between(rng, low:int, high:int)->int: return int(rng.integers(low, high + 1)) # both ends included
 def _pick(rng, options): return options[_between(rng, 0, len(options) - 1)]
 
@@ -210,7 +210,7 @@ def _cutout_place(rng, h:int, w:int)->dict|None:
         if height < h and width < w:
             return dict(top=_between(rng, 0, h - height), left=_between(rng, 0, w - width), height=height, width=width)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #f74d204c
+# %% ../../nbs/commfor/04_augmentation.ipynb #a641109d
 MODES = "official", "clean"
 DRAWS:dict[str, Callable] = {}
 
@@ -242,7 +242,7 @@ def draw_resized_crop(rng, h, w, size, mode):
     back = size if mode == "official" else [size, size] # quirk 1
     return dict(**_resized_crop_place(rng, h, w), size=back, kernel=_pick(rng, tuple(KERNELS)))
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #bf0eb23f
+# %% ../../nbs/commfor/04_augmentation.ipynb #ac6fdcec
 @drawn
 def draw_rotate(rng, h, w, size, mode): return dict(angle=rng.uniform(-15, 15))
 
@@ -266,7 +266,7 @@ def draw_cutout(rng, h, w, size, mode):
 
 TYPES = tuple(DRAWS)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #cd32a3d6
+# %% ../../nbs/commfor/04_augmentation.ipynb #cb81ee57
 SHORT_SIDE = {224: 256, 384: 440}
 
 def draw_program(rng:np.random.Generator, size:int=224, # S, side of the training crop, px
@@ -292,7 +292,7 @@ def draw_program(rng:np.random.Generator, size:int=224, # S, side of the trainin
         h, w = size_after(program[-1], h, w)
     return program
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #cb3337fa
+# %% ../../nbs/commfor/04_augmentation.ipynb #10727623
 def program_name(program:Sequence[Step])->str: # 16 hexadecimal digits
     "The same name for the same operations with the same parameters."
     return digest([[name, parameters] for name, parameters in program])
@@ -302,7 +302,7 @@ def describe(program:Sequence[Step])->str:
     def text(v): return f"{v:.4g}" if isinstance(v, float) else "x".join(map(str, v)) if isinstance(v, list) else str(v)
     return "; ".join(" ".join([name, *map(text, p.values())]) for name, p in program)
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #7a24d4d9
+# %% ../../nbs/commfor/04_augmentation.ipynb #f895fdc4
 @dataclass(frozen=True)
 class CommForAugmentation:
     "Random-state augmentation: uint8 image of any size in, uint8 crop out."
@@ -320,7 +320,7 @@ class CommForAugmentation:
     def __call__(self, pixels:np.ndarray, rng:np.random.Generator)->np.ndarray: # (h, w, 3) -> (size, size, 3), uint8
         return np.ascontiguousarray(apply_program(pixels, self.program(pixels.shape[:2], rng), self.exact))
 
-# %% ../../nbs/commfor/04_augmentation.ipynb #49cc5ab7
+# %% ../../nbs/commfor/04_augmentation.ipynb #2aaaa051
 def decode(data:bytes # an encoded image
           )->np.ndarray: # uint8 (h, w, 3)
     "Pixels of an encoded image; PNG in 8-bit RGB takes a fast way."

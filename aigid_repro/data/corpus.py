@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'SYSTEMATIC', 'CorpusSettings', 'preset', 'split_crops', '
            'draw', 'evaluation_set', 'evaluation_generators', 'corpus_key', 'pools', 'build_corpus', 'training_rows',
            'manifest', 'composition']
 
-# %% ../../nbs/data/07_corpus.ipynb #d4e8be7e
+# %% ../../nbs/data/07_corpus.ipynb #cce981be
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +22,7 @@ from .photos import Crop, render, sample_crops
 from .records import from_parquet, to_parquet, validate
 from .storage import InputError, cache_dir, digest, file_hash, report_progress, root, source_hash
 
-# %% ../../nbs/data/07_corpus.ipynb #57665b0a
+# %% ../../nbs/data/07_corpus.ipynb #621ab1d1
 @dataclass(frozen=True)
 class CorpusSettings:
     "Sizes of the embedded corpus."
@@ -45,7 +45,7 @@ def preset(profile:str, **changes)->CorpusSettings: # settings of a profile, wit
     if unknown: raise InputError(f"unknown corpus setting {unknown.pop()!r}; known: {', '.join(CorpusSettings.__dataclass_fields__)}")
     return replace(PRESETS[profile], **changes)
 
-# %% ../../nbs/data/07_corpus.ipynb #9ba9a302
+# %% ../../nbs/data/07_corpus.ipynb #3340de4b
 def split_crops(split:str, n:int, settings:CorpusSettings=CorpusSettings())->list[Crop]: # n crops
     "The first `n` crops of a split, in an order fixed by the seed."
     for per_photo in (4, 8, 12, 16, 24, 40):
@@ -55,7 +55,7 @@ def split_crops(split:str, n:int, settings:CorpusSettings=CorpusSettings())->lis
     order = np.random.default_rng([settings.seed, len(crops)]).permutation(len(crops))
     return [crops[i] for i in order[:n]]
 
-# %% ../../nbs/data/07_corpus.ipynb #5640795e
+# %% ../../nbs/data/07_corpus.ipynb #e20dc233
 def png(image:np.ndarray, # uint8 (h, w, 3)
        )->bytes:
     "Encode without metadata, fast."
@@ -74,7 +74,7 @@ def generated_rows(name:str, crops:Sequence[Crop], images:np.ndarray, split:str)
     return pd.DataFrame([{"id": f"{split}/{c.id}/{name}", "image": png(x), "label": 1, "generator": name, "family": family,
                           "source": c.photo, "split": split, "crop": c.id} for c, x in zip(crops, images)])
 
-# %% ../../nbs/data/07_corpus.ipynb #7c517460
+# %% ../../nbs/data/07_corpus.ipynb #5208146e
 def assign(names:Sequence[str], # generators
            n:int, # images to make
            seed:int, # order
@@ -86,7 +86,7 @@ def assign(names:Sequence[str], # generators
     order = list(rng.permutation(sorted(families)))
     return [families[f][turn % len(families[f])] for turn in range(n) for f in order][:n]
 
-# %% ../../nbs/data/07_corpus.ipynb #0557b970
+# %% ../../nbs/data/07_corpus.ipynb #49e1b251
 def draw(names:Sequence[str], # generators
          split:str, n:int, # photos' split; number of crops = real images = generated images
          seed:int=0, # order of generators
@@ -101,7 +101,7 @@ def draw(names:Sequence[str], # generators
         tables.append(generated_rows(name, [crops[i] for i in where], gens.generate(name, images[where], settings.seed), split))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/data/07_corpus.ipynb #562d0bb9
+# %% ../../nbs/data/07_corpus.ipynb #bcee7d60
 SYSTEMATIC = "latent decoder"
 
 def evaluation_set(family:str)->str: # systematic, manual, unseen, or the name of a control
@@ -119,7 +119,7 @@ def evaluation_generators(settings:CorpusSettings=CorpusSettings())->list[str]:
         chosen += [allowed[i] for i in np.unique(np.linspace(0, len(allowed) - 1, min(most, len(allowed))).round().astype(int))]
     return chosen
 
-# %% ../../nbs/data/07_corpus.ipynb #f201b2e4
+# %% ../../nbs/data/07_corpus.ipynb #f916af00
 def _test_part(name:str, crops:list[Crop], settings:CorpusSettings)->pd.DataFrame:
     "Test images of one generator."
     images = np.stack([render(c, settings.size) for c in crops])
@@ -136,7 +136,7 @@ def _jobs(settings:CorpusSettings)->list[tuple[str, list[Crop]]]:
         for i, name in enumerate(members): jobs.append((name, [crops[(i*wanted + j) % len(crops)] for j in range(wanted)]))
     return jobs
 
-# %% ../../nbs/data/07_corpus.ipynb #baf36444
+# %% ../../nbs/data/07_corpus.ipynb #9d7ef278
 def corpus_key(settings:CorpusSettings)->str: # 16 hexadecimal digits
     "Identity of a corpus: settings, code, photographs, weights and versions."
     code = source_hash("data.photos", "data.generators", "data.trained", "data.pretrained", "data.corpus")
@@ -150,7 +150,7 @@ def pools(settings:CorpusSettings=CorpusSettings())->dict[str, list[str]]: # sys
     systematic = [n for n in names if gens.find(n).family == SYSTEMATIC]
     return {"systematic": systematic, "manual": [n for n in names if n not in set(systematic)], "both": names}
 
-# %% ../../nbs/data/07_corpus.ipynb #869088e1
+# %% ../../nbs/data/07_corpus.ipynb #ce15d4c8
 def _quiet_threads():
     "One thread a process: several processes side by side are faster."
     import torch
@@ -183,7 +183,7 @@ def build_corpus(settings:CorpusSettings=CorpusSettings(), jobs:int=2)->pd.DataF
     to_parquet(table, path)
     return table
 
-# %% ../../nbs/data/07_corpus.ipynb #ccb41d82
+# %% ../../nbs/data/07_corpus.ipynb #db6baec6
 def training_rows(table:pd.DataFrame, # the corpus
                   pool:str, # systematic, manual or both
                   seed:int=0)->pd.DataFrame: # real and generated rows in equal number
@@ -198,7 +198,7 @@ def training_rows(table:pd.DataFrame, # the corpus
     else: raise InputError(f"unknown pool {pool!r}; known: systematic, manual, both")
     return pd.concat([real, made], ignore_index=True)
 
-# %% ../../nbs/data/07_corpus.ipynb #7e3831ca
+# %% ../../nbs/data/07_corpus.ipynb #dc6a944e
 def manifest(table:pd.DataFrame)->pd.DataFrame: # id, sha256, label, generator, family, source, split, set
     "Every image with the checksum of its bytes."
     import hashlib

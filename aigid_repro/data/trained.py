@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'PARTS', 'to_tensor', 'to_images', 'conv', 'Up', 'convert_up', 'Residual', 'Encoder', 'Decoder',
-           'variant', 'VQVAE', 'TimeBlock', 'FlowUNet', 'reimagine', 'SuperResolver', 'NoiseGAN', 'Discriminator',
-           'pack', 'unpack', 'weights_dir', 'trained_index', 'save_models', 'part_state', 'load_parts', 'shrink',
-           'forward_trained', 'run_trained']
+           'variant', 'VQVAE', 'TimeBlock', 'FlowUNet', 'reimagine', 'SuperResolver', 'Discriminator', 'pack', 'unpack',
+           'weights_dir', 'trained_index', 'save_models', 'part_state', 'load_parts', 'shrink', 'forward_trained',
+           'run_trained']
 
 # %% ../../nbs/data/03_trained.ipynb #2a473c4f
 import json
@@ -208,25 +208,6 @@ class SuperResolver(nn.Module):
         big = F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False)
         return big + self.out(F.relu(self.ups(self.body(self.first(x)))))
 
-class NoiseGAN(nn.Module):
-    "Field of noise to image, eight times larger; fresh noise enters at every size."
-    def __init__(self, latent:int=32, widths:tuple=(80, 64, 40, 24)):
-        super().__init__()
-        self.latent = latent
-        self.first = conv(latent, widths[0])
-        self.ups = nn.ModuleList(Up(i, o) for i, o in zip(widths, widths[1:]))
-        self.convs = nn.ModuleList(conv(o, o) for o in widths[1:])
-        self.strength = nn.ParameterList(nn.Parameter(torch.zeros(1, o, 1, 1)) for o in widths[1:])
-        self.out = conv(widths[-1], 3)
-    def forward(self, z:Tensor, generator:torch.Generator|None=None)->Tensor: # (n, latent, h, w) -> (n, 3, 8h, 8w)
-        x = self.first(z)
-        for up, c, strength in zip(self.ups, self.convs, self.strength):
-            x = up(F.leaky_relu(x, .2))
-            x = x + strength*torch.randn((len(x), 1, *x.shape[2:]), generator=generator)
-            x = c(F.leaky_relu(x, .2))
-            x = x*torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) # keeps a small GAN from drifting
-        return torch.tanh(self.out(x))
-
 class Discriminator(nn.Module):
     "Patch discriminator with spectral norm; one logit for each patch."
     def __init__(self, widths:tuple=(24, 48, 80)):
@@ -294,7 +275,7 @@ def part_state(file:str, part:str)->dict[str, Tensor]:
 
 # %% ../../nbs/data/03_trained.ipynb #8ab0ea1d
 PARTS = {"Encoder": Encoder, "Decoder": Decoder, "VQVAE": VQVAE, "FlowUNet": FlowUNet,
-         "SuperResolver": SuperResolver, "NoiseGAN": NoiseGAN}
+         "SuperResolver": SuperResolver}
 
 @lru_cache(maxsize=128)
 def _part(kind:str, file:str, part:str, settings:str)->nn.Module:
@@ -334,9 +315,6 @@ def forward_trained(entry:dict, # index entry (its options are used)
     elif kind == "latent flow": y = parts[1](each(parts[2], parts[0](x)/options["scale"])*options["scale"])
     elif kind == "pixel flow": y = each(parts[0], x)
     elif kind == "super-resolution": y = parts[0](shrink(x, parts[0].scale))
-    elif kind == "noise":
-        field = 1, parts[0].latent, x.shape[2]//8, x.shape[3]//8
-        y = torch.cat([parts[0](torch.randn(field, generator=g), g) for g in sources])
     else: raise InputError(f"models.json: unknown method {kind!r}")
     return to_images(y)
 

@@ -6,7 +6,7 @@
 __all__ = ['TrainSettings', 'train_settings', 'augment', 'decode', 'TrainingImages', 'BalancedBatches', 'learning_rate',
            'precision_of', 'train', 'predict']
 
-# %% ../../nbs/detect/04_training.ipynb #cf9570fa
+# %% ../../nbs/detect/04_training.ipynb #d07d53e9
 import io
 import json
 import math
@@ -27,7 +27,7 @@ from ..data.records import open_image
 from ..data.storage import InputError, atomic, report_progress
 from .detector import Detector, create
 
-# %% ../../nbs/detect/04_training.ipynb #1c97b8fd
+# %% ../../nbs/detect/04_training.ipynb #e577bf1d
 @dataclass(frozen=True)
 class TrainSettings:
     "Everything that a training depends on, besides its data."
@@ -53,7 +53,7 @@ def train_settings(**changes)->TrainSettings:
     if unknown := set(changes) - set(known): raise InputError(f"unknown training setting {unknown.pop()!r}; known: {', '.join(known)}")
     return TrainSettings(**changes)
 
-# %% ../../nbs/detect/04_training.ipynb #d1197e4e
+# %% ../../nbs/detect/04_training.ipynb #49a860f0
 _KERNELS = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
 def augment(pixels:np.ndarray, # uint8 (h, w, 3)
@@ -75,7 +75,7 @@ def augment(pixels:np.ndarray, # uint8 (h, w, 3)
     if s.flip and rng.random() < .5: pixels = pixels[:, ::-1]
     return pixels
 
-# %% ../../nbs/detect/04_training.ipynb #1112f56c
+# %% ../../nbs/detect/04_training.ipynb #91bbc077
 def decode(records:pd.DataFrame)->list[np.ndarray]: # uint8 arrays (h, w, 3)
     "All images of a table in memory."
     return [np.asarray(open_image(v)) for v in records.image]
@@ -108,7 +108,7 @@ class BalancedBatches(Sampler):
             rows = np.stack([o[step*half:(step + 1)*half] for o in order], 1).ravel() # real and generated alternate
             yield [(int(r), step*2*half + i) for i, r in enumerate(rows)]
 
-# %% ../../nbs/detect/04_training.ipynb #eec6317c
+# %% ../../nbs/detect/04_training.ipynb #9de0aeb7
 def learning_rate(step:int, s:TrainSettings)->float: # factor of the peak rate
     "Linear warm-up, then cosine to zero."
     warm = max(1, round(s.warmup*s.steps))
@@ -120,7 +120,7 @@ def precision_of(s:TrainSettings)->str: # no or bf16
     native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return s.precision if s.precision != "auto" else "bf16" if native else "no"
 
-# %% ../../nbs/detect/04_training.ipynb #b5398772
+# %% ../../nbs/detect/04_training.ipynb #688480e2
 def _resume(accelerator:Accelerator, checkpoint:Path|None, key:str)->int: # steps already done
     "Load the state of an interrupted run of the same settings."
     note = checkpoint and checkpoint/"progress.json"
@@ -174,7 +174,7 @@ def _loading():
     from accelerate.utils import DataLoaderConfiguration
     return DataLoaderConfiguration(split_batches=True)
 
-# %% ../../nbs/detect/04_training.ipynb #0ef59a5d
+# %% ../../nbs/detect/04_training.ipynb #c682f6e6
 @torch.inference_mode()
 def predict(detector:Detector, images:Sequence, # PIL images or uint8 arrays
             batch:int=32, device:str="cpu", precision:str="no")->np.ndarray: # float32 (n,), positive = generated
