@@ -61,11 +61,12 @@ def run_one(run:dict # train, seed, pool, corpus
     from aigid_repro.data.corpus import CorpusSettings, build_corpus, training_rows
     from aigid_repro.detect import networks  # noqa: F401 - registers the common detectors
     from aigid_repro.detect.scoring import score_corpus
-    from aigid_repro.detect.training import train, train_settings
+    from aigid_repro.detect.training import precision_of, train, train_settings
     corpus = CorpusSettings(**run["corpus"])
     options = run["train"] | {"options": tuple(map(tuple, run["train"].get("options", ())))}
     records = training_rows(build_corpus(corpus, jobs=1), run["pool"], run["seed"])
-    return score_corpus(train(train_settings(seed=run["seed"], **options), records), corpus)
+    settings = train_settings(seed=run["seed"], **options)
+    return score_corpus(train(settings, records), corpus, precision_of(settings))
 
 def run_trivial(corpus, pool:str, seeds:int)->pd.DataFrame: # predictions of the trivial classifiers
     "Classifiers on format and size, colour, sharpness, trained on the same images."

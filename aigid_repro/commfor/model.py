@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..data.storage import InputError
-from ..detect.detector import Detector, Preprocessing, register
+from ..detect.detector import Detector, Preprocessing, register, single_logit
 
 # %% ../../nbs/commfor/01_model.ipynb #98dfa4c0
 SIZES = {"mini": dict(embed_dim=128, num_heads=4, depth=4),
@@ -33,4 +33,4 @@ class CommForViT(Detector):
         self.vit = VisionTransformer(img_size=image, patch_size=patch, num_classes=1, **SIZES[size])
     def features(self, x:Tensor)->Tensor: # (n, 3, s, s) -> class token after the last norm (n, d)
         return self.vit.forward_head(self.vit.forward_features(x), pre_logits=True)
-    def forward(self, x:Tensor)->Tensor: return self.vit(x)[:, 0]
+    def forward(self, x:Tensor)->Tensor: return single_logit(self.vit.head, self.features(x))

@@ -25,7 +25,7 @@ class ScalingSettings:
     family_subsets:int=6 # the same on the axis of families; six lets each family be alone once
     counts:tuple=(1, 3, 10, 32, 96) # generators of the one family
     spread:tuple=(12, 36) # generators over all families, beyond `fixed`
-    families:tuple=(1, 2, 3, 6) # numbers of families
+    families:tuple=(1, 3, 6) # numbers of families
     fixed:int=6 # generators on the axis of families
     train:dict=field(default_factory=lambda: dict(detector="high-pass-cnn", steps=240, batch=32, crop=64,
                                                   resample=.5, jpeg=.3))
@@ -76,12 +76,12 @@ def run_one(run:dict # generators, images, seed, train (settings), corpus (setti
     from aigid_repro.data.corpus import CorpusSettings, draw
     from aigid_repro.detect import networks  # noqa: F401 - registers the common detectors
     from aigid_repro.detect.scoring import score_corpus
-    from aigid_repro.detect.training import train, train_settings
+    from aigid_repro.detect.training import precision_of, train, train_settings
     corpus = CorpusSettings(**run["corpus"])
     records = draw(run["generators"], "train", run["images"], run["seed"], corpus)
     options = run["train"] | {"options": tuple(map(tuple, run["train"].get("options", ())))}
-    detector = train(train_settings(seed=run["seed"], **options), records)
-    return score_corpus(detector, corpus)
+    settings = train_settings(seed=run["seed"], **options)
+    return score_corpus(train(settings, records), corpus, precision_of(settings))
 
 CODE = ("data", "detect.detector", "detect.networks", "detect.training", "detect.scoring", "commfor.model")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.storage import InputError
-from .detector import Detector, Preprocessing, register
+from .detector import Detector, Preprocessing, register, single_logit
 
 # %% ../../nbs/detect/02_networks.ipynb #7356bfec
 def high_pass_kernels()->Tensor: # (6, 1, 5, 5), each sums to zero
@@ -47,7 +47,7 @@ class HighPassCNN(Detector):
         x = F.conv2d(x, self.kernels.to(x.dtype), groups=3)
         x = self.body(x.clamp(-self.limit, self.limit)/self.limit)
         return torch.cat([x.mean((2, 3)), (x.var((2, 3)) + 1e-6).sqrt()], 1)
-    def forward(self, x:Tensor)->Tensor: return self.head(self.features(x))[:, 0]
+    def forward(self, x:Tensor)->Tensor: return single_logit(self.head, self.features(x))
 
 # %% ../../nbs/detect/02_networks.ipynb #9856790d
 def imagenet_weights(model:nn.Module)->None:
@@ -81,4 +81,4 @@ class EfficientNetLite0(Detector):
         if self.frozen: self.backbone.eval() # running averages belong to the frozen weights
         return self
     def features(self, x:Tensor)->Tensor: return self.backbone(x) # (n, 3, h, w) -> (n, 1280)
-    def forward(self, x:Tensor)->Tensor: return self.head(self.features(x))[:, 0]
+    def forward(self, x:Tensor)->Tensor: return single_logit(self.head, self.features(x))

@@ -26,8 +26,10 @@ def evaluation_images(settings:CorpusSettings, # of the corpus
     table = table[table.split.isin(["validation", "test"])].reset_index(drop=True)
     return table[IMAGE_COLUMNS], decode(table)
 
-def score_corpus(detector:Detector, settings:CorpusSettings, **columns # factors of the run: run, detector, seed, ...
+def score_corpus(detector:Detector, settings:CorpusSettings,
+                 precision:str="no", # no or bf16: that of the training, see `training.precision_of`
+                 **columns # factors of the run: run, detector, seed, ...
                 )->pd.DataFrame: # predictions on validation and test images
     "Predictions of one detector on the corpus's validation and test images."
     about, images = evaluation_images(settings)
-    return about.assign(logit=predict(detector, images), **columns)
+    return about.assign(logit=predict(detector, images, precision=precision), **columns)
