@@ -66,7 +66,7 @@ def network_of(state:dict[str, Tensor], # tensors by timm's name
     size = {s["embed_dim"]: name for name, s in SIZES.items()}.get(width)
     side = math.isqrt(max(0, tokens - 1))
     if size is None: raise InputError(f"{path}: {width} channels fit none of {', '.join(SIZES)}; this is another network")
-    if not side or side*side != tokens - 1 or not patch: raise InputError(f"{path}: pos_embed has {tokens} rows, not 1 + a square; {_AGAIN}")
+    if not side or side*side != tokens - 1: raise InputError(f"{path}: pos_embed has {tokens} rows, not 1 + a square; {_AGAIN}")
     return dict(size=size, image=side*patch, patch=patch)
 
 # %% ../../nbs/commfor/05_checkpoints.ipynb #615cc4a1
@@ -120,7 +120,8 @@ def _check(state:dict[str, Tensor], expected:dict[str, Tensor], path:Path)->None
         if state[k].shape != v.shape:
             classes = "; a classifier of many classes, such as the pretrained backbone?" if k.startswith("head.") else f"; {_AGAIN}"
             raise InputError(f"{path}: {k} has shape {tuple(state[k].shape)}, not {tuple(v.shape)}{classes}")
-        if not state[k].isfinite().all(): raise InputError(f"{path}: {k} holds values that are not finite; {_AGAIN}")
+        if not (state[k].is_floating_point() and state[k].float().isfinite().all()):
+            raise InputError(f"{path}: {k} holds something else than finite numbers; {_AGAIN}")
 
 def load_official(path:Path|str, # hub folder, training checkpoint or state dict
                  )->tuple[CommForViT, Found]: # detector in evaluation mode; what was found
