@@ -123,10 +123,9 @@ def test_network_in_double_precision(name, detectors, tmp_path, golden):
     assert furthest(vit(random_input(name).double()), golden[f"{name}_rand_logit64"]) < 1e-10
 
 
-ODD = pytest.mark.xfail(strict=True, reason="Preprocessing rounds the long side and an odd margin otherwise than torchvision")
 
 
-@pytest.mark.parametrize("name, image", [pytest.param("small_224", "a", marks=ODD), pytest.param("small_384", "a", marks=ODD),
+@pytest.mark.parametrize("name, image", [("small_224", "a"), ("small_384", "a"),
                                          ("small_224", "b"), ("small_384", "b")])
 def test_preprocessing_is_exact(name, image, golden):
     size, side, _ = SPECS[name]

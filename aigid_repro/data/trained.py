@@ -26,7 +26,7 @@ from .storage import InputError, atomic, root
 def to_tensor(images:np.ndarray, # uint8 (n, h, w, 3)
              )->Tensor: # float (n, 3, h, w) in [-1, 1]
     "Pixels for a network."
-    return rearrange(torch.from_numpy(images), "n h w c -> n c h w").float()/127.5 - 1
+    return rearrange(torch.from_numpy(images.astype(np.float32)), "n h w c -> n c h w")/127.5 - 1
 
 def to_images(x:Tensor, # float (n, 3, h, w), nominally in [-1, 1]
              )->np.ndarray: # uint8 (n, h, w, 3)

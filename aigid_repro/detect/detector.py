@@ -33,13 +33,14 @@ class Preprocessing:
         "Resize, crop, scale, normalise."
         image = image.convert("RGB")
         if self.resize:
-            scale = self.resize/min(image.size)
-            image = image.resize([max(1, round(s*scale)) for s in image.size], Image.Resampling[self.interpolation.upper()])
+            short = min(image.size) # the long side is truncated, an odd margin rounded to even: torchvision's rules, which
+            size = [self.resize if s == short else int(self.resize*s/short) for s in image.size] # released weights expect
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         pixels = np.asarray(image)
         if self.crop:
             missing = [max(0, self.crop - s) for s in pixels.shape[:2]]
             if any(missing): pixels = np.pad(pixels, [(m//2, m - m//2) for m in missing] + [(0, 0)], "symmetric")
-            top, left = ((s - self.crop)//2 for s in pixels.shape[:2])
+            top, left = (round((s - self.crop)/2) for s in pixels.shape[:2])
             pixels = pixels[top:top + self.crop, left:left + self.crop]
         return self.normalise(torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)/255))
 
