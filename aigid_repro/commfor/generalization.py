@@ -40,9 +40,9 @@ PRESETS = {
         dict(steps=3, batch=8, crop=48), dict(steps=3, batch=8, crop=32, options=(("size", "mini"), ("image", 32), ("patch", 8))),
         dict(steps=2, batch=4, crop=48), dict(steps=2, batch=4, crop=48, options=(("frozen", True),)))),
     "mini": GeneralizationSettings(trained=_networks(
-        dict(steps=600, batch=32, crop=64),
-        dict(steps=400, batch=32, crop=64, lr=1e-3, options=(("size", "mini"), ("image", 64), ("patch", 8))),
-        dict(steps=200, batch=16, crop=96, lr=1e-3), dict(steps=200, batch=16, crop=96, options=(("frozen", True),)))),
+        dict(steps=400, batch=32, crop=64),
+        dict(steps=300, batch=32, crop=64, lr=1e-3, options=(("size", "mini"), ("image", 64), ("patch", 8))),
+        dict(steps=150, batch=16, crop=96, lr=1e-3), dict(steps=150, batch=16, crop=96, options=(("frozen", True),)))),
     "gpu": GeneralizationSettings(seeds=5, trained=_networks(
         dict(steps=3000, batch=128, crop=96),
         dict(steps=6000, batch=128, crop=112, lr=3e-4, options=(("size", "small"), ("image", 112), ("patch", 16))),
@@ -179,8 +179,8 @@ def figures(predictions:pd.DataFrame)->dict:
             if name == "unseen":
                 families = mine.groupby("family").ap.mean()
                 ax.plot(families, [y]*len(families), "o", ms=3, color=colours[roles[detector]], alpha=.45)
-            ax.errorbar(per_seed.mean(), y, xerr=[[per_seed.mean() - per_seed.min()], [per_seed.max() - per_seed.mean()]],
-                        fmt="o", ms=6, color=colours[roles[detector]])
+            ax.hlines(y, per_seed.min(), per_seed.max(), color=colours[roles[detector]])
+            ax.plot(per_seed.mean(), y, "o", ms=6, color=colours[roles[detector]])
         ax.axvline(.5, color="0.6", lw=1, ls=":")
         ax.set_title(titles[name], fontsize=10.5); ax.set_xlabel("AP")
     axes[0].set_yticks(range(len(order)), order); axes[0].set_xlim(.3, 1.02)

@@ -27,7 +27,7 @@ class ScalingSettings:
     spread:tuple=(12, 36) # generators over all families, beyond `fixed`
     families:tuple=(1, 3, 6) # numbers of families
     fixed:int=6 # generators on the axis of families
-    train:dict=field(default_factory=lambda: dict(detector="high-pass-cnn", steps=240, batch=32, crop=64,
+    train:dict=field(default_factory=lambda: dict(detector="high-pass-cnn", steps=200, batch=32, crop=64,
                                                   resample=.5, jpeg=.3))
 
 PRESETS = {"smoke": ScalingSettings(images=16, subsets=2, family_subsets=2, counts=(1, 4), spread=(), families=(1, 6),
@@ -178,6 +178,7 @@ def _family_figure(predictions:pd.DataFrame):
     families = run_table(predictions).astype({"axis": str, "set": str, "family": str})
     order = families.drop_duplicates("family").assign(place=lambda t: t.set.map(list(SETS).index)).sort_values(["place", "family"])
     names = order.family.tolist()[::-1]
+    one = {"n_generators": "1 generator", "n_families": "1 family"}
     fig, axes = plt.subplots(1, 3, figsize=(11, 4.6), sharey=True, sharex=True)
     for which, ax in enumerate(axes):
         rows, x, label = _panel(families, which)
@@ -185,10 +186,10 @@ def _family_figure(predictions:pd.DataFrame):
         for end, colour, shift in zip(ends, ["0.55", "#D55E00"], [.14, -.14]):
             grouped = rows[rows[x] == end].groupby("family").ap
             mean, error = grouped.mean().reindex(names), grouped.sem().reindex(names).fillna(0)
-            ax.errorbar(mean, np.arange(len(names)) + shift, xerr=error, fmt="o", color=colour, label=f"{end}")
+            ax.errorbar(mean, np.arange(len(names)) + shift, xerr=error, fmt="o", color=colour, label=one[x] if end == 1 else f"{end} {x.removeprefix('n_')}")
         ax.axvline(.5, color="0.6", lw=1, ls=":")
         ax.set_xlabel("AP"); ax.set_title(label, fontsize=10, fontweight="normal")
-        ax.legend(title=x.replace("n_", ""), loc="lower left")
+        ax.legend(loc="upper center", bbox_to_anchor=(.5, -.13), ncols=2)
     axes[0].set_yticks(np.arange(len(names)), names)
     return fig
 
