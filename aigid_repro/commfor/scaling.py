@@ -181,14 +181,15 @@ def _family_figure(predictions:pd.DataFrame):
     one = {"n_generators": "1 generator", "n_families": "1 family"}
     fig, axes = plt.subplots(1, 3, figsize=(11, 4.6), sharey=True, sharex=True)
     for which, ax in enumerate(axes):
-        rows, x, label = _panel(families, which)
+        rows, x, title = _panel(families, which)
         ends = [rows[x].min(), rows[x].max()]
         for end, colour, shift in zip(ends, ["0.55", "#D55E00"], [.14, -.14]):
             grouped = rows[rows[x] == end].groupby("family").ap
             mean, error = grouped.mean().reindex(names), grouped.sem().reindex(names).fillna(0)
-            ax.errorbar(mean, np.arange(len(names)) + shift, xerr=error, fmt="o", color=colour, label=one[x] if end == 1 else f"{end} {x.removeprefix('n_')}")
+            label = one[x] if end == 1 else f"{end} {x.removeprefix('n_')}"
+            ax.errorbar(mean, np.arange(len(names)) + shift, xerr=error, fmt="o", color=colour, label=label)
         ax.axvline(.5, color="0.6", lw=1, ls=":")
-        ax.set_xlabel("AP"); ax.set_title(label, fontsize=10, fontweight="normal")
+        ax.set_xlabel("AP"); ax.set_title(title, fontsize=10, fontweight="normal")
         ax.legend(loc="upper center", bbox_to_anchor=(.5, -.13), ncols=2)
     axes[0].set_yticks(np.arange(len(names)), names)
     return fig
