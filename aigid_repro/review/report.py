@@ -373,6 +373,12 @@ def _title(path:Path)->str:
     return words.capitalize() or "Main table"
 
 # %% ../../nbs/review/03_report.ipynb #6f3d1549
+def _figure(path:Path, captions:dict[str, str], title:str)->dict:
+    "A picture with its caption; a contact sheet is drawn from images, not from predictions, so its name has no prefix."
+    caption = captions.get(path.stem) or captions.get(f"figure_{path.stem}", "")
+    return dict(alt=caption or f"{title} ({path.stem})", caption=caption,
+                source="data:image/png;base64," + base64.b64encode(path.read_bytes()).decode())
+
 def _item_part(item:Item, profile:str, data:str)->dict:
     "What the page shows of one item; its notebook page is made on the way."
     folder = item.folder(profile)
@@ -385,9 +391,7 @@ def _item_part(item:Item, profile:str, data:str)->dict:
     if (folder/"notebook.ipynb").exists(): render_notebook(folder/"notebook.ipynb", folder/"notebook.html")
     captions = run.get("captions", {})
     tables = [(p, captions.get(p.stem) or _title(p)) for p in sorted(folder.glob("table*.csv"))]
-    figures = [dict(alt=captions.get(p.stem) or f"{item.title} ({p.stem})", caption=captions.get(p.stem, ""),
-                    source="data:image/png;base64," + base64.b64encode(p.read_bytes()).decode())
-               for p in sorted(folder.glob("figure*.png"))]
+    figures = [_figure(p, captions, item.title) for p in [*sorted(folder.glob("figure*.png")), *folder.glob("contact_sheet.png")]]
     return part | dict(files=[f for f in run["files"] if f.endswith((".csv", ".parquet"))], figures=figures,
                        tables=[dict(title=t, html=table_html(pd.read_csv(p))) for p, t in tables], facts=_facts(run))
 
