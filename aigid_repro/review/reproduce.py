@@ -178,7 +178,7 @@ class Watch:
     def _loop(self):
         for tick in itertools.count():
             # adding up shared memory is slow (a tenth of a core at every tick), drawing is not
-            if tick % 8 == 0: self.peak_mb = max(self.peak_mb, _memory_mb())
+            if tick % 4 == 1: self.peak_mb = max(self.peak_mb, _memory_mb())
             if sys.stderr.isatty(): self._draw()
             if self._end.wait(self.every): break
 
