@@ -65,7 +65,7 @@ def test_damaged_cache_is_named_and_kept(smoke):
                                          (lambda: corpus.preset("tiny"), "smoke"),
                                          (lambda: corpus.preset("mini", trains=3), "trains"),
                                          (lambda: corpus.draw([], "train", 4), "at least one"),
-                                         (lambda: corpus.split_crops("train", 10**6), "add photos")])
+                                         (lambda: corpus.split_crops("validation", 800), "add photos")])
 def test_wrong_names_and_numbers_are_errors(call, words):
     with pytest.raises(InputError, match=words):
         call()
