@@ -29,9 +29,11 @@ class Preprocessing:
     mean:tuple[float, float, float]=(0., 0., 0.)
     std:tuple[float, float, float]=(1., 1., 1.)
 
-    def __call__(self, image:Image.Image)->Tensor: # float (3, h, w)
-        "Resize, crop, scale, normalise."
-        image = image.convert("RGB")
+    def pixels(self, image:Image.Image|np.ndarray, # image, or its pixels (h, w, 3) in RGB
+              )->np.ndarray: # uint8 (h', w', 3)
+        "Resize and crop."
+        if self.resize or not isinstance(image, np.ndarray):
+            image = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
         if self.resize:
             short = min(image.size) # the long side is truncated, an odd margin rounded to even: torchvision's rules, which
             size = [self.resize if s == short else int(self.resize*s/short) for s in image.size] # released weights expect
@@ -42,7 +44,15 @@ class Preprocessing:
             if any(missing): pixels = np.pad(pixels, [(m//2, m - m//2) for m in missing] + [(0, 0)], "symmetric")
             top, left = (round((s - self.crop)/2) for s in pixels.shape[:2])
             pixels = pixels[top:top + self.crop, left:left + self.crop]
-        return self.normalise(torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)/255))
+        return pixels
+
+    def tensor(self, pixels:Tensor)->Tensor: # uint8 (n, h, w, 3) -> float (n, 3, h, w)
+        "Scale to [0, 1] and normalise a batch; the memory format stays channels last."
+        return self.normalise(pixels.permute(0, 3, 1, 2).float()/255)
+
+    def __call__(self, image:Image.Image|np.ndarray)->Tensor: # float (3, h, w)
+        "Resize, crop, scale, normalise."
+        return self.tensor(torch.from_numpy(np.ascontiguousarray(self.pixels(image)))[None])[0].contiguous()
 
     def normalise(self, x:Tensor)->Tensor: # (..., 3, h, w) in [0, 1] -> same shape
         "Subtract the mean and divide by the standard deviation of each channel."
