@@ -51,6 +51,7 @@ def preset(profile:str, **changes)->CorpusSettings: # settings of a profile, wit
 def split_crops(split:str, n:int, settings:CorpusSettings=CorpusSettings())->tuple[Crop, ...]: # n crops
     "The first `n` crops of a split, in an order fixed by the seed."
     photos = max(1, int((pool().split == split).sum()))
+    if n > 100*photos: raise InputError(f"split {split!r} has {photos} photos, too few for {n} crops: ask for fewer")
     for per_photo in sorted({-(-n//photos), *(p for p in (4, 8, 12, 16, 24, 40) if p*photos > n)}): # some photos have fewer
         crops = sample_crops(split, per_photo, settings.size, settings.seed)
         if len(crops) >= n: break
@@ -100,10 +101,11 @@ def assign(names:Sequence[str], # generators
 def draw(names:Sequence[str], # generators
          split:str, n:int, # photos' split; number of crops = real images = generated images
          seed:int=0, # order of generators
-         settings:CorpusSettings=CorpusSettings())->pd.DataFrame: # records, 2 n rows
+         settings:CorpusSettings=CorpusSettings(),
+         crops:Sequence[Crop]|None=None)->pd.DataFrame: # records, 2 n rows; crops: these n instead of the split's first
     "Paired real and generated images for one choice of generators."
     if not len(names): raise InputError("a draw needs at least one generator")
-    crops = split_crops(split, n, settings)
+    crops = split_crops(split, n, settings) if crops is None else tuple(crops)
     images = crop_images(crops, settings.size)
     makers, tables = np.array(assign(names, n, seed)), [real_rows(crops, images, split)]
     for name in dict.fromkeys(makers):
