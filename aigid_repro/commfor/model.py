@@ -86,6 +86,8 @@ class CommForViT(Backbone):
         if image % patch: raise InputError(f"commfor-vit: image {image} is no multiple of patch {patch}")
         channels = self._prepare(image, front, frozen)
         self.vit = VisionTransformer(img_size=image, patch_size=patch, in_chans=channels, num_classes=1, **SIZES[size])
+        if size == "mini": # PyTorch's fused attention is several times slower backwards on a CPU than three plain operations
+            for block in self.vit.blocks: block.attn.fused_attn = False
         if pretrained: load_pretrained(self.vit, "vit", size, image, patch)
         self._freeze()
     def features(self, x:Tensor)->Tensor: # (n, 3, s, s) -> class token after the last norm (n, d)

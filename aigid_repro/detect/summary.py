@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SETS', 'COLOURS', 'DASHES', 'GENERATED', 'family_table', 'set_table', 'spread', 'validation_ap', 'condition',
-           'effect', 'effect_table', 'draw_curve', 'log_axis', 'draw_points', 'chance']
+           'effect', 'effect_table', 'draw_curve', 'log_axis', 'draw_points', 'chance', 'invent']
 
 # %% ../../nbs/detect/11_summary.ipynb #410d976f
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -117,3 +117,18 @@ def draw_points(ax, table:pd.DataFrame, # one row a run and condition
 def chance(ax, horizontal:bool=True)->None:
     "Where a detector that guesses would be."
     (ax.axhline if horizontal else ax.axvline)(.5, color="0.6", lw=1, ls=":", zorder=0)
+
+# %% ../../nbs/detect/11_summary.ipynb #7bb1b190
+def invent(plan:Sequence[tuple], # (factors, training) pairs of a study
+           shift:Callable[[dict], float], # how far apart real and generated images are in a run, from its factors
+           images:int=30, seed:int=0)->pd.DataFrame: # predictions, made of random numbers
+    "Predictions with a known effect, for checks; never a result."
+    rng, rows = np.random.default_rng(seed), []
+    kinds = [(0, "real", "real", "real"), (1, "latent decoder/x", "latent decoder", "systematic"), (1, "SR-GAN/x", "SR-GAN", "manual"),
+             (1, "Real-ESRGAN/x", "Real-ESRGAN", "unseen"), (1, "control/bicubic", "bicubic control", "bicubic control")]
+    for factors, training in plan:
+        for split in ("validation", "test"):
+            for i in range(images):
+                rows += [dict(factors, seed=training.seed, id=f"{split}/{i}/{g}", label=y, generator=g, family=f, set=s, source=str(i),
+                              crop=str(i), split=split, logit=rng.normal(y*shift(factors))) for y, g, f, s in kinds]
+    return pd.DataFrame(rows)
