@@ -296,7 +296,7 @@ def robustness(detectors:Mapping, # name -> Detector
                ids:Sequence[str]|None=None, # of the images; a record table brings its own
                grid:str|Mapping="commfor", # see GRIDS
                seed:int=0, # of the random parts
-               batch:int=32, device:str="cpu", precision:str="no", # see `training.predict`
+               batch:int=4, device:str="cpu", precision:str="no", # see `training.predict`; on a GPU, 64 or more
                memory:int=64, # MB of perturbed images that are held at a time
               )->pd.DataFrame: # id, perturbation, severity, detector, logit; unperturbed: perturbation "none", severity 0
     "Logits of every image under every perturbation."
