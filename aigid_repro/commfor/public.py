@@ -6,7 +6,7 @@
 __all__ = ['NEEDED', 'REPOSITORIES', 'open_parquet', 'damaged', 'check_schema', 'Split', 'Repository', 'find_repository',
            'find_split', 'shards', 'check', 'download', 'read_blocks', 'check_labels', 'model_counts',
            'evaluation_models', 'image_fault', 'select_real', 'local_files', 'sample_real', 'evaluation_records',
-           'score_public', 'public_table']
+           'shard_content', 'score_public', 'public_table']
 
 # %% ../../nbs/commfor/05_public.ipynb #05393f27
 import fnmatch
@@ -302,7 +302,7 @@ def _identity(detector)->str: # 16 hexadecimal digits
     return digest(detector.name, str(detector.preprocess), source_hash("data.records", "detect.detector", "detect.training", *code),
                   *(part for pair in weights for part in pair))
 
-def _content(path:Path)->str: # 16 hexadecimal digits
+def shard_content(path:Path)->str: # 16 hexadecimal digits
     "Digest of a shard's size and footer, the same for every copy."
     with open(path, "rb") as f:
         size = f.seek(0, 2)
@@ -334,7 +334,7 @@ def score_public(detector, # of `detect.detector`
     identity, tables = _identity(detector), []
     for path in files: check_schema(path) # before hours of work
     for i, path in enumerate(files):
-        stored = folder/f"{digest(identity, _content(path), precision)}.parquet"
+        stored = folder/f"{digest(identity, shard_content(path), precision)}.parquet"
         try: t = pd.read_parquet(stored)
         except (OSError, pa.ArrowException): # not there yet, or damaged
             t = _score_shard(detector, path, batch, device, precision, threads)

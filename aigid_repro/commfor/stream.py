@@ -10,7 +10,8 @@ __all__ = ['PARTS', 'held_out', 'Group', 'index_files', 'Shard', 'index_shard', 
 import itertools
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Group(NamedTuple):
     path:Path|None # parquet file; None: loose files
     number:int # of the row group
     start:int # number of its first row in the file, or of its first file
-    rows:np.ndarray # those that take part, counted within the group
+    rows:np.ndarray # those that take part, counted within the group and sorted; one that takes part twice is named twice
 
 PARTS = "train", "validation"
 
@@ -43,16 +44,19 @@ def _part(name:str, rows:int, part:str, share:float)->np.ndarray: # bool (rows,)
     mask = held_out(name, rows, share)
     return mask if part == "validation" else ~mask
 
-def _split(keep:np.ndarray, sizes:Sequence[int], path:Path|None=None)->list[Group]: # bool (rows,), rows of each group
+def _split(taken:np.ndarray, # row numbers, sorted
+           sizes:Sequence[int], # rows of each group
+           path:Path|None=None)->list[Group]:
     "Groups in which some rows take part."
     ends = np.cumsum(sizes)
-    parts = np.split(keep, ends[:-1]) if len(ends) else []
-    groups = (Group(path, i, int(e) - len(k), np.flatnonzero(k).astype(np.int32)) for i, (k, e) in enumerate(zip(parts, ends)))
+    parts = np.split(taken, np.searchsorted(taken, ends[:-1])) if len(ends) else []
+    starts = [int(e) - n for e, n in zip(ends, sizes)]
+    groups = (Group(path, i, start, (rows - start).astype(np.int32)) for i, (start, rows) in enumerate(zip(starts, parts)))
     return [g for g in groups if len(g.rows)]
 
 def index_files(count:int, part:str="train", share:float=.01, size:int=100)->list[Group]:
     "Groups of loose files."
-    return _split(_part("files", count, part, share), [min(size, count - i) for i in range(0, count, size)])
+    return _split(np.flatnonzero(_part("files", count, part, share)), [min(size, count - i) for i in range(0, count, size)])
 
 # %% ../../nbs/commfor/06_stream.ipynb #8865c59e
 class Shard(NamedTuple):
@@ -67,21 +71,31 @@ def _excluded(path:Path, names:Collection[str])->np.ndarray: # (rows,), position
     blocks = [pc.index_in(b.column(0).cast(pa.string()), wanted) for _, b in read_blocks(path, ["model_name"])]
     return np.concatenate([np.zeros(0, int), *(b.fill_null(-1).to_numpy() for b in blocks)])
 
+def _labels(group)->set[int]: # row group of a footer
+    "Labels that occur in a row group, as far as the footer tells."
+    column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "label")
+    s = column.statistics
+    return {s.min, s.max} if s is not None and s.has_min_max else {0, 1}
+
 def index_shard(path:Path|str, part:str="train", # or "validation"
                 exclude:Collection[str]=(), # model names
                 share:float=.01, # of validation
+                rows:Sequence[int]|None=None, # numbers of the rows that may take part, some perhaps repeated; None: all
                )->Shard:
     "Read a file's footer, and its names if there is something to exclude."
     path, footer = Path(path), check_schema(path)
     keep, lost = _part(path.name, footer.num_rows, part, share), np.zeros(0, int)
+    chosen = np.arange(len(keep)) if rows is None else np.sort(np.asarray(rows, np.int64))
+    if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < len(keep):
+        raise InputError(f"{path}: rows {chosen[0]} to {chosen[-1]} of {len(keep)} asked for; has the file changed? Choose anew")
+    taken = chosen[keep[chosen]]
     if exclude:
-        model = _excluded(path, list(exclude))
-        lost, keep = model[keep & (model >= 0)], keep & (model < 0)
-    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    labels = [next(c for c in map(g.column, range(g.num_columns)) if c.path_in_schema == "label").statistics for g in groups]
-    seen = [{s.min, s.max} if s is not None and s.has_min_max else {0, 1} for s in labels]
+        model = _excluded(path, list(exclude))[taken]
+        lost, taken = model[model >= 0], taken[model < 0]
+    sizes = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+    groups = _split(taken, sizes, path)
     counts = {m: int((lost == i).sum()) for i, m in enumerate(exclude)}
-    return Shard(_split(keep, [g.num_rows for g in groups], path), set().union(*seen), counts)
+    return Shard(groups, set().union(*(_labels(footer.row_group(g.number)) for g in groups)), counts)
 
 # %% ../../nbs/commfor/06_stream.ipynb #27a7ecf9
 def shuffled(items:Iterable, size:int, # of the buffer
@@ -104,16 +118,17 @@ class Segment:
     def __init__(self, group:Group, rows:np.ndarray, # within the group, in random order
                  read:Callable[[Group, list[int]], dict[int, tuple[bytes, float]]]): # -> row: (encoded image, label)
         self.group, self.order, self.read, self.held = group, rows.tolist(), read, None
-        self.left = set(self.order)
+        self.left = Counter(self.order)
     def addresses(self)->Iterator[tuple["Segment", int]]:
         return ((self, row) for row in self.order)
     def skip(self, row:int)->None:
-        "Never read this row."
-        self.left.discard(row)
+        "One time less; a row whose times are all skipped is never read."
+        self.left[row] -= 1
     def take(self, row:int)->tuple[bytes, float]:
-        "Encoded image and label of a row, once."
-        if self.held is None: self.held = self.read(self.group, sorted(self.left))
-        return self.held.pop(row)
+        "Encoded image and label of a row, as often as it was ordered."
+        if self.held is None: self.held = self.read(self.group, sorted(+self.left))
+        self.left[row] -= 1
+        return self.held[row] if self.left[row] else self.held.pop(row)
 
 def span_of(epoch:int, groups:Sequence[Group], seed:int, low:int, high:int, # positions in the epoch
             read:Callable)->Iterator[Segment]:
@@ -151,6 +166,7 @@ class ParquetStream(IterableDataset):
                  exclude:Collection[str]=(), # models to leave out, such as `evaluation_models` of the evaluation files
                  files:Sequence[Path|str]=(), # loose real images, such as from `sample_real`
                  share:float=.01, # of validation
+                 rows:Mapping[Path|str, Sequence[int]]|None=None, # shard -> row numbers, see `index_shard`; a shard without is not opened
                  epochs:int|None=None, # None: endless
                  batch:int=1, # size of the loader's batches, in this process
                  rank:int=0, processes:int=1, # this process, and how many there are
@@ -163,8 +179,10 @@ class ParquetStream(IterableDataset):
         self.rank, self.processes, self.start, self.skipped = rank, processes, start, 0
         self.groups, labels = index_files(len(self.files), part, share), {0} if self.files else set()
         self.excluded = dict.fromkeys(exclude, 0) # rows that each name removed
+        chosen = None if rows is None else {Path(k): v for k, v in rows.items() if len(v)}
+        shards = [p for p in shards if chosen is None or Path(p) in chosen]
         for i, path in enumerate(shards):
-            shard = index_shard(path, part, tuple(exclude), share)
+            shard = index_shard(path, part, tuple(exclude), share, chosen and chosen[Path(path)])
             self.groups += shard.groups
             labels |= shard.labels
             for name, n in shard.excluded.items(): self.excluded[name] += n
@@ -185,10 +203,14 @@ class ParquetStream(IterableDataset):
         return found
 
     def _stand_in(self, group:Group, row:int, fault:str, fetch:Callable)->tuple[bytes, float]:
-        "The next whole image of the group."
+        "The next whole image of the group, or of the eight after it: a sparse choice may have no other in the group."
         place = f"{group.path}, row {group.start + row}" if group.path else str(self.files[group.start + row])
-        others = np.roll(group.rows, -1 - int(np.searchsorted(group.rows, row)))[:-1]
-        found = next((v for v in map(fetch, others.tolist()) if not image_fault(v[0])), None)
+        rows, at = np.unique(group.rows), next(i for i, g in enumerate(self.groups) if g is group)
+        others = np.roll(rows, -1 - int(np.searchsorted(rows, row)))[:-1]
+        later = (self.groups[(at + k) % len(self.groups)] for k in range(1, min(9, len(self.groups))))
+        beyond = (v for g in later for v in map(read_group(g, self.files), np.unique(g.rows).tolist()))
+        images = itertools.chain(map(fetch, others.tolist()), beyond)
+        found = next((v for v in images if not image_fault(v[0])), None)
         if found is None: raise InputError(f"{place}: {fault}, as are all images that are stored beside it; fetch the file again")
         self.skipped += 1
         warnings.warn(f"{place}: {fault}; left out of training, its neighbour stands in ({self.skipped} so far)", stacklevel=2)
