@@ -31,7 +31,7 @@ def preset(profile:str, **changes)->AlignmentSettings:
     from aigid_repro.commfor.recipe import recipe
     sizes = {"smoke": dict(images=6, seeds=2), "mini": {}, "gpu": dict(images=280), "paper": dict(images=100_000, seeds=1)}
     if profile not in sizes: raise InputError(f"fig06b_alignment has no profile {profile!r}; known: {', '.join(sizes)}")
-    return replace(AlignmentSettings(train=recipe(profile), **sizes[profile]), **changes)
+    return replace(AlignmentSettings(train=recipe(profile, images=sizes["paper"]["images"]), **sizes[profile]), **changes)
 
 def halves(sources:dict[str, int], # source -> images
            rng:np.random.Generator|None=None)->tuple[tuple[str, ...], tuple[str, ...]]: # sources of A and of B
@@ -58,7 +58,8 @@ def plan(settings:AlignmentSettings, world, seed:int=0)->list[tuple[dict, Traini
             for made in HALVES:
                 factors = dict(run=f"real {real}, generated {made}, seed {s}", detector=settings.train["detector"], real=real, made=made,
                                pairing="aligned" if real == made else "misaligned", draw=s)
-                runs.append((factors, Training(settings.train, 1000*seed + s, images=settings.images, reals=parts[real],
+                pool = "both" if world.kind == "embedded" else "systematic" # as in the paper: prompts are known there
+                runs.append((factors, Training(settings.train, 1000*seed + s, pool=pool, images=settings.images, reals=parts[real],
                                                sources=parts[made])))
     return runs
 

@@ -33,7 +33,7 @@ LONG = {"LatDiff": "latent diffusion", "PixDiff": "pixel diffusion"}
 
 def type_of(family:str)->str: # GAN, LatDiff, PixDiff, Other; real; control
     "Type of a family; a family without one is an error."
-    if family == "real" or family in TYPES: return TYPES.get(family, family)
+    if family == "real" or family in TYPES or family in ORDER: return TYPES.get(family, family) # public data name the types themselves
     if family.endswith(" control"): return "control"
     raise InputError(f"family {family!r} has no type; add it to TYPES")
 

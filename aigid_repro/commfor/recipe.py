@@ -79,12 +79,15 @@ MILD = dict(resample=.5, jpeg=.3)
 
 def recipe(profile:str, network:str="CNN", # CNN, ViT, ConvNeXt or EfficientNet
            steps:int=0, # another number of steps
-           frozen:bool=False, **changes)->dict: # for `training.train_settings`
+           frozen:bool=False,
+           images:int=0, # generated training images, where a study limits them; profile paper's schedule depends on it
+           **changes)->dict: # for `training.train_settings`
     "Training settings of a profile."
     on_residuals = (("front", "residuals"), ("frozen", frozen))
     if profile == "paper":
         if network not in ("CNN", "ViT", "ConvNeXt"): raise InputError(f"profile paper has no {network}; known: ViT, ConvNeXt")
-        chosen = paper_recipe(network="commfor-convnext" if network == "ConvNeXt" else "commfor-vit", frozen=frozen)
+        amount = dict(images=2*images) if images else {} # as many real ones
+        chosen = paper_recipe(network="commfor-convnext" if network == "ConvNeXt" else "commfor-vit", frozen=frozen, **amount)
         return chosen | ({"steps": steps} if steps else {}) | changes
     names = ("smoke", "mini", "gpu")
     if profile not in names: raise InputError(f"no recipe for profile {profile!r}; known: {', '.join(names)}, paper")

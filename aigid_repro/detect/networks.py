@@ -43,13 +43,13 @@ class Residuals(nn.Module):
 
 @register("high-pass-cnn")
 class HighPassCNN(Detector):
-    "Fixed high-pass filters, five convolutions, mean and deviation pooling, one logit."
-    def __init__(self, widths:tuple=(16, 32, 48, 64, 96), # of the convolutions; all but the first and last halve the size
+    "Fixed high-pass filters, three convolutions, mean and deviation pooling, one logit."
+    def __init__(self, widths:tuple=(24, 48, 96), # of the convolutions; each halves the size
                  limit:float=.1): # see `Residuals`
         super().__init__()
         self.front = Residuals(limit)
         sizes = [self.front.channels, *widths]
-        self.body = nn.Sequential(*[block(i, o, 1 if n in (0, len(widths) - 1) else 2) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))])
+        self.body = nn.Sequential(*[block(i, o, 2) for i, o in zip(sizes, sizes[1:])])
         self.head = nn.Linear(2*widths[-1], 1)
     def features(self, x:Tensor)->Tensor: # (n, 3, h, w) -> (n, 2 d)
         x = self.body(self.front(x))

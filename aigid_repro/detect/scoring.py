@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..data.corpus import CorpusSettings, build_corpus
 from .detector import Detector
-from .training import decode, predict
+from .training import decode, device_of, predict
 
 # %% ../../nbs/detect/07_scoring.ipynb #365a53d2
 IMAGE_COLUMNS = ["id", "label", "generator", "family", "source", "crop", "split", "set"]
@@ -32,4 +32,4 @@ def score_corpus(detector:Detector, settings:CorpusSettings,
                 )->pd.DataFrame: # predictions on validation and test images
     "Predictions of one detector on the corpus's validation and test images."
     about, images = evaluation_images(settings)
-    return about.assign(logit=predict(detector, images, precision=precision), **columns)
+    return about.assign(logit=predict(detector, images, device=device_of(), precision=precision), **columns)

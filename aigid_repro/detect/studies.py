@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -59,6 +60,7 @@ def _corpus(settings)->pd.DataFrame:
 @dataclass(frozen=True)
 class Embedded:
     "The corpus made of photographs and small generators that come with this kit."
+    large:ClassVar[str] = "latent decoder"
     size:int=128
     train:int=480
     validation:int=120
@@ -108,6 +110,22 @@ class Embedded:
         from aigid_repro.detect.scoring import score_corpus
         return score_corpus(detector, self.settings(), precision)
 
+    def images(self, split:str, # train: n real and n generated images; test: n real ones, and n by one generator of each family
+               n:int, seed:int=0)->tuple[pd.DataFrame, list[np.ndarray]]: # what they are (`scoring.IMAGE_COLUMNS`), pixels
+        "Some images, for features and perturbations."
+        from aigid_repro.detect.scoring import IMAGE_COLUMNS
+        from aigid_repro.detect.training import decode
+        if split == "train": rows = self.data(Training({}, seed, images=min(n, self.train)))
+        elif split == "test":
+            table = _corpus(self.settings())
+            test = table[table.split == "test"]
+            real = test[test.label == 0]
+            crops = set(real.crop.iloc[:n])
+            first = test[test.label == 1].groupby("family", sort=False).generator.transform("first").reindex(test.index)
+            rows = test[test.crop.isin(crops) & ((test.label == 0) | (test.generator == first))]
+        else: raise InputError(f"images of split {split!r}: known are train and test")
+        return rows[IMAGE_COLUMNS].reset_index(drop=True), decode(rows)
+
 def embedded(profile:str, **changes)->Embedded:
     "The embedded corpus of a profile."
     from aigid_repro.data.corpus import preset
@@ -120,13 +138,13 @@ def as_run(training:Training, world, # a world
            rooms:Sequence[str]=(), # modules that register a paper's detectors, such as commfor.model
           )->dict: # plain values
     "A training as one plain dictionary, for workers and caches."
-    return asdict(training) | {"world": world.kind, "settings": asdict(world), "rooms": list(rooms)}
+    return asdict(training) | {"world": world.kind, "module": type(world).__module__, "settings": asdict(world), "rooms": list(rooms)}
 
 def parts(run:dict)->tuple[Training, object]: # training and world of `as_run`
     "The pair that a dictionary stands for."
-    for room in run["rooms"]: importlib.import_module(f"aigid_repro.{room}")
+    for module in (run["module"], *(f"aigid_repro.{room}" for room in run["rooms"])): importlib.import_module(module)
     if run["world"] not in WORLDS: raise InputError(f"unknown world {run['world']!r}; known: {', '.join(WORLDS)}")
-    rest = {k: v for k, v in run.items() if k not in ("world", "settings", "rooms")}
+    rest = {k: v for k, v in run.items() if k not in ("world", "module", "settings", "rooms")}
     return Training(**rest), WORLDS[run["world"]](**run["settings"])
 
 def identity(run:dict)->str: # 16 hexadecimal digits
@@ -166,8 +184,8 @@ def run_trainings(plan:Sequence[tuple[dict, Training]], # factors (with `run`, `
     "Run what is not yet cached, several at a time."
     names = [f["run"] for f, _ in plan]
     if len(set(names)) < len(names): raise ValueError(f"two runs of one study are called {max(names, key=names.count)!r}")
-    for room in rooms: importlib.import_module(f"aigid_repro.{room}")
-    world.prepare(jobs or worker_count())
+    jobs = jobs or (worker_count() if world.kind == "embedded" else 1) # a public dataset fills a machine with one training
+    world.prepare(jobs)
     runs = [as_run(t, world, rooms) for _, t in plan]
     code = source_hash(*CODE, *rooms, *([function.__module__.removeprefix("aigid_repro.")] if function is not scored else []))
     results = sweep(function, runs, f"{function.__name__} {world.key()}", code, label, jobs)
