@@ -232,7 +232,7 @@ def train(settings:TrainSettings, data:"pd.DataFrame|Stream", # real and generat
     batches = loader(data, settings, start, accelerator, workers)
     net.train()
     for step, (x, y) in zip(range(start, settings.steps), batches):
-        for group in optimiser.param_groups: group["lr"] = rates[step]
+        for group in optimiser.param_groups: group["lr"] = float(rates[step]) # a saved state takes no numpy numbers
         x, y = to_tensor(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)
         with half(device, precision): logit = net(x)
         loss = F.binary_cross_entropy_with_logits(logit.float(), y)
