@@ -62,7 +62,8 @@ def test_every_plan_is_made_of_valid_trainings(item, profile):
     assert plan and len({f["run"] for f, _ in plan}) == len(plan)
     for _, training in plan:
         settings = train_settings(seed=training.seed, **training.train)
-        if profile == "paper": assert settings.lr == 2e-5 and settings.batch == 512 and settings.schedule == "commfor" and settings.epoch > 0
+        if profile == "paper":
+            assert settings.lr == 2e-5 and settings.batch == 512 and settings.schedule == "commfor" and settings.epoch > 0
 
 
 @pytest.mark.parametrize("item", PLANNED, ids=lambda i: i.item)
