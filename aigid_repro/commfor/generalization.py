@@ -33,7 +33,7 @@ def _networks(profile:str)->tuple:
         return (("ViT-S at 224 px", "ours", at_224, "both"), ("ViT-S at 384 px", "ours", recipe(profile), "both"))
     cnn = recipe(profile)
     name = "ViT-S" if profile == "gpu" else "high-pass CNN"
-    whole = cnn | dict(resample=0., jpeg=0., augmentation="commfor", steps=2*cnn["steps"])
+    whole = cnn | dict(resample=0., jpeg=0., augmentation="commfor", steps=3*cnn["steps"]//2)
     found = [("EfficientNet-Lite0, ImageNet weights", "ours", recipe(profile, "EfficientNet"), "both"),
              ("ConvNeXt on residuals", "ours", recipe(profile, "ConvNeXt"), "both"),
              ("linear probe, frozen EfficientNet-Lite0", "baseline", recipe(profile, "EfficientNet", frozen=True), "both"),

@@ -19,7 +19,7 @@ from ..detect.summary import (COLOURS, DASHES, GENERATED, SETS, chance, conditio
 @dataclass(frozen=True)
 class LengthSettings:
     "Sizes of the study."
-    steps:tuple=(50, 100, 200, 400, 800)
+    steps:tuple=(25, 50, 100, 200, 400)
     seeds:int=5
     train:dict=field(default_factory=dict) # training settings; the number of steps is replaced
 

@@ -67,7 +67,7 @@ class Backbone(Detector):
         return x if self.front is None else self.front(x, padding=2)
 
 # %% ../../nbs/commfor/02_model.ipynb #da3cfa13
-SIZES = {"mini": dict(embed_dim=128, num_heads=4, depth=4),
+SIZES = {"mini": dict(embed_dim=96, num_heads=3, depth=4),
          "tiny": dict(embed_dim=192, num_heads=3, depth=12),
          "small": dict(embed_dim=384, num_heads=6, depth=12)}
 

@@ -94,13 +94,13 @@ def recipe(profile:str, network:str="CNN", # CNN, ViT, ConvNeXt or EfficientNet
     at = names.index(profile)
     side, common = (48, 64, 112)[at], dict(batch=(8, 32, 128)[at], crop=(48, 64, 112)[at])
     small = ("mini", "mini", "small")[at]
-    vit = dict(detector="commfor-vit", steps=(3, 200, 3000)[at], lr=(2e-3, 2e-3, 3e-4)[at],
+    vit = dict(detector="commfor-vit", steps=(3, 150, 3000)[at], lr=(2e-3, 2e-3, 3e-4)[at],
                options=(("size", small), ("image", side), ("patch", (8, 8, 16)[at]), *on_residuals), **common)
     recipes = {"CNN": vit if profile == "gpu" else dict(detector="high-pass-cnn", steps=(3, 200)[at], **common),
                "ViT": vit,
-               "ConvNeXt": dict(detector="commfor-convnext", steps=(3, 200, 3000)[at], lr=(3e-3, 3e-3, 5e-4)[at],
+               "ConvNeXt": dict(detector="commfor-convnext", steps=(3, 150, 3000)[at], lr=(3e-3, 3e-3, 5e-4)[at],
                                 options=(("size", small), ("image", side), *on_residuals), **common),
-               "EfficientNet": dict(detector="efficientnet-lite0", steps=(2, 150, 3000)[at], lr=1e-3,
+               "EfficientNet": dict(detector="efficientnet-lite0", steps=(2, 100, 3000)[at], lr=1e-3,
                                     options=(("frozen", frozen),), batch=(4, 16, 128)[at], crop=side)}
     if network not in recipes: raise InputError(f"unknown network {network!r}; known: {', '.join(recipes)}")
     return recipes[network] | MILD | ({"steps": steps} if steps else {}) | changes

@@ -22,7 +22,7 @@ from ..detect.summary import chance, effect, effect_table
 class RobustnessSettings:
     "Sizes of the study."
     seeds:int=5
-    crops:int=20 # real images; also generated images of each family
+    crops:int=16 # real images; also generated images of each family
     grid:str="commfor-all" # of `detect.perturbations`
     detectors:tuple=() # (name, training settings, generators), see `generalization.GeneralizationSettings`
     parts:int=2 # shares of the images, for workers
@@ -62,7 +62,7 @@ def sweep_part(job:dict)->pd.DataFrame: # long table
     about = about.iloc[mine]
     same = {}
     for name, (detector, precision) in detectors.items(): same.setdefault(precision, {})[name] = detector
-    batch = 4 if device_of() == "cpu" else 256 # small batches stay in the processor's cache
+    batch = 32 if device_of() == "cpu" else 256
     mine = [images[i] for i in mine]
     out = [robustness(group, mine, about.id.tolist(), job["grid"], batch=batch, device=device_of(), precision=precision)
            for precision, group in same.items()]

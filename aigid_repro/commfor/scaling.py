@@ -22,11 +22,11 @@ from ..detect.summary import (COLOURS, DASHES, SETS, chance, draw_curve, effect,
 @dataclass(frozen=True)
 class ScalingSettings:
     "Sizes of the scaling study."
-    images:int=480 # real images = generated images of every run
+    images:int=320 # real images = generated images of every run
     subsets:int=5 # random subsets at each point of the two axes of numbers
     family_subsets:int=6 # the same on the axis of families; six lets each family be alone once
     counts:tuple=(1, 3, 10, 32, 96) # generators of the one family
-    spread:tuple=(12, 36) # generators over all families, beyond `fixed`
+    spread:tuple=(36,) # generators over all families, beyond `fixed`
     families:tuple=(1, 3, 6) # numbers of families
     fixed:int=6 # generators on the axis of families
     train:dict=field(default_factory=dict) # training settings

@@ -9,6 +9,7 @@ __all__ = ['worker_count', 'run_key', 'read_run', 'write_run', 'cached_run', 'sw
 import json
 import os
 from collections.abc import Callable, Sequence
+from multiprocessing import parent_process
 from pathlib import Path
 
 import pandas as pd
@@ -58,6 +59,7 @@ def _one(function:Callable, settings:dict, path:Path)->pd.DataFrame:
     "Worker: one thread, one run."
     import torch
     torch.set_num_threads(1)
+    if parent_process() is not None: os.environ.pop("AIGID_PROGRESS", None) # what is shown is the sweep, not one of its runs
     return cached_run(function, settings, path)
 
 def sweep(function:Callable[[dict], pd.DataFrame], # settings -> predictions; importable, for the workers

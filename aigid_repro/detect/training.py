@@ -248,9 +248,7 @@ def train(settings:TrainSettings, data:"pd.DataFrame|Stream", # real and generat
                 note = json.dumps({"settings": key, "step": step + 1, "state": state})
                 with atomic(checkpoint/"progress.json") as p: p.write_text(note)
         if accelerator.is_main_process: report_progress(f"training {settings.detector}", step + 1, settings.steps)
-    trained = accelerator.unwrap_model(net).eval().cpu().to(memory_format=torch.contiguous_format)
-    accelerator.free_memory()
-    return trained
+    return accelerator.unwrap_model(net).eval().cpu().to(memory_format=torch.contiguous_format)
 
 def _loading():
     "Batches are split over processes, so that `batch` is the whole, whatever their number."
