@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..data.storage import InputError
 from ..detect.studies import Training, run_trainings
-from ..detect.summary import SETS, chance, condition, draw_points, effect, effect_table, family_table, set_table, spread
+from ..detect.summary import SETS, chance, condition, draw_points, effect, effect_table, family_table, measures, set_table, spread
 
 # %% ../../nbs/commfor/15_alignment.ipynb #cacffd1d
 HALVES = "A", "B"
@@ -79,9 +79,7 @@ def _sets(predictions:pd.DataFrame)->pd.DataFrame:
 def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
     "AP and accuracy by pairing; AP of each cell of the cross."
     s = _sets(predictions)
-    accuracy = spread(s, ["pairing", "set"], "accuracy")
-    return {"table": spread(s, ["pairing", "set"]).assign(accuracy=accuracy.accuracy, accuracy_se=accuracy.se),
-            "table_cross": spread(s, ["real", "made", "set"])}
+    return {"table": measures(s, ["pairing", "set"]), "table_cross": spread(s, ["real", "made", "set"])}
 
 def figures(predictions:pd.DataFrame)->dict:
     "AP by evaluation set."

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..data.storage import InputError
 from ..detect.studies import Training, run_trainings
-from ..detect.summary import SETS, chance, condition, draw_points, effect, effect_table, family_table, set_table, spread
+from ..detect.summary import SETS, chance, condition, draw_points, effect, effect_table, family_table, measures, set_table
 
 # %% ../../nbs/commfor/14_backbones.ipynb #cd992207
 WAYS = "end to end", "frozen", "frozen, random weights"
@@ -58,9 +58,7 @@ def _sets(predictions:pd.DataFrame)->pd.DataFrame:
 
 def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
     "AP and accuracy, mean and standard error over seeds."
-    s, by = _sets(predictions), ["detector", "way", "set"]
-    accuracy = spread(s, by, "accuracy")
-    return {"table": spread(s, by).assign(accuracy=accuracy.accuracy, accuracy_se=accuracy.se)}
+    return {"table": measures(_sets(predictions), ["detector", "way", "set"])}
 
 def figures(predictions:pd.DataFrame)->dict:
     "AP of each way of training, by evaluation set; one panel a backbone."

@@ -14,7 +14,7 @@ import pandas as pd
 from ..data.storage import InputError
 from ..detect.studies import Training, run_trainings
 from ..detect.summary import (DASHES, SETS, chance, condition, draw_curve, effect, effect_table, family_table, log_axis,
-                                        set_table, spread)
+                                        measures, set_table)
 
 # %% ../../nbs/commfor/12_images.ipynb #c13729a3
 @dataclass(frozen=True)
@@ -75,10 +75,7 @@ def _sets(predictions:pd.DataFrame)->pd.DataFrame:
 
 def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
     "AP and accuracy by set, number of images and choice of models."
-    s, by = _sets(predictions), ["set", "images", "models"]
-    ap, accuracy = spread(s, by), spread(s, by, "accuracy")
-    return {"table": ap.rename(columns={"se": "ap_se"}).drop(columns="runs").assign(accuracy=accuracy.accuracy, accuracy_se=accuracy.se,
-                                                                                  subsets=accuracy.runs)}
+    return {"table": measures(_sets(predictions), ["set", "images", "models"]).rename(columns={"runs": "subsets"})}
 
 def figures(predictions:pd.DataFrame)->dict:
     "AP (top) and accuracy (bottom) on three kinds of evaluation images."

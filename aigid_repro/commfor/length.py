@@ -13,7 +13,7 @@ import pandas as pd
 from ..data.storage import InputError
 from ..detect.studies import Training, run_trainings
 from ..detect.summary import (COLOURS, DASHES, GENERATED, SETS, chance, condition, draw_curve, effect, effect_table, family_table,
-                                        log_axis, set_table, spread)
+                                        log_axis, measures, set_table)
 
 # %% ../../nbs/commfor/19_length.ipynb #957d538c
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ def _sets(predictions:pd.DataFrame)->pd.DataFrame:
 
 def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
     "AP and accuracy, mean and standard error over seeds."
-    s = _sets(predictions).sort_values("steps")
-    accuracy = spread(s, ["set", "steps"], "accuracy")
-    return {"table": spread(s, ["set", "steps"]).assign(accuracy=accuracy.accuracy, accuracy_se=accuracy.se)}
+    return {"table": measures(_sets(predictions).sort_values("steps"), ["set", "steps"])}
 
 def figures(predictions:pd.DataFrame)->dict:
     "One line an evaluation set."

@@ -12,8 +12,8 @@ import pandas as pd
 
 from ..data.storage import InputError
 from ..detect.studies import Training, run_trainings
-from ..detect.summary import (GENERATED, SETS, chance, condition, draw_points, effect, effect_table, family_table, set_table,
-                                        spread)
+from ..detect.summary import (GENERATED, SETS, chance, condition, draw_points, effect, effect_table, family_table, measures,
+                                        set_table)
 
 # %% ../../nbs/commfor/13_training_sets.ipynb #d88c343e
 POOLS = "systematic", "manual", "both"
@@ -57,9 +57,7 @@ def _main(s:pd.DataFrame)->str: # name of the network of Figure 5a
 
 def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
     "AP and accuracy, mean and standard error over seeds."
-    s, by = _sets(predictions), ["detector", "pool", "set"]
-    accuracy = spread(s, by, "accuracy")
-    return {"table": spread(s, by).assign(accuracy=accuracy.accuracy, accuracy_se=accuracy.se)}
+    return {"table": measures(_sets(predictions), ["detector", "pool", "set"])}
 
 def figures(predictions:pd.DataFrame)->dict:
     "Figure 5a: evaluation sets by training set. Figure 5b: architectures by training set."
