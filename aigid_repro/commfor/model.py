@@ -8,6 +8,7 @@ __all__ = ['PRETRAINED', 'HEAD', 'IMAGENET', 'FRONTS', 'SIZES', 'CONVNEXT', 'loa
 
 # %% ../../nbs/commfor/02_model.ipynb #29836060
 import timm
+import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Backbone(Detector):
         normal = IMAGENET if front == "pixels" else {} # residuals are scaled by themselves
         self.preprocess = Preprocessing(image, {224: 256, 384: 440}.get(image), **normal)
         self.front = Residuals() if front == "residuals" else None
-        return 3 if self.front is None else self.front.channels
+        return 3 if self.front is None else 2*self.front.channels
     def _freeze(self):
         for name, p in getattr(self, self.net).named_parameters(): p.requires_grad = not self.frozen or name in HEAD
     def train(self, mode:bool=True):
@@ -64,7 +65,9 @@ class Backbone(Detector):
         if self.frozen: getattr(self, self.net).eval()
         return self
     def seen(self, x:Tensor)->Tensor: # (n, 3, s, s) -> what the network sees (n, c, s, s)
-        return x if self.front is None else self.front(x, padding=2)
+        if self.front is None: return x
+        residuals = self.front(x, padding=2)
+        return 4*torch.cat([residuals, residuals.abs()], 1)
 
 # %% ../../nbs/commfor/02_model.ipynb #da3cfa13
 SIZES = {"mini": dict(embed_dim=96, num_heads=3, depth=4),
@@ -95,7 +98,7 @@ class CommForViT(Backbone):
     def forward(self, x:Tensor)->Tensor: return single_logit(self.vit.head, self.features(x))
 
 # %% ../../nbs/commfor/02_model.ipynb #42d715ba
-CONVNEXT = {"mini": dict(depths=(1, 1, 2, 1), dims=(24, 40, 64, 96), patch_size=2),
+CONVNEXT = {"mini": dict(depths=(1, 1, 2, 1), dims=(24, 40, 64, 96), patch_size=2, ls_init_value=None),
             "small": dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768))}
 
 @register("commfor-convnext")

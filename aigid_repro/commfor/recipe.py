@@ -94,7 +94,7 @@ def recipe(profile:str, network:str="CNN", # CNN, ViT, ConvNeXt or EfficientNet
     at = names.index(profile)
     side, common = (48, 64, 112)[at], dict(batch=(8, 32, 128)[at], crop=(48, 64, 112)[at])
     small = ("mini", "mini", "small")[at]
-    vit = dict(detector="commfor-vit", steps=(3, 150, 3000)[at], lr=(2e-3, 2e-3, 3e-4)[at],
+    vit = dict(detector="commfor-vit", steps=(3, 150, 3000)[at], lr=(1e-3, 1e-3, 3e-4)[at],
                options=(("size", small), ("image", side), ("patch", (8, 8, 16)[at]), *on_residuals), **common)
     recipes = {"CNN": vit if profile == "gpu" else dict(detector="high-pass-cnn", steps=(3, 200)[at], **common),
                "ViT": vit,
