@@ -1,7 +1,8 @@
-"""SPAI's training views equal the official library; lists are read and written byte for byte; the protocol on counted numbers.
+"""SPAI's training views, learning rates and files equal the official ones; the protocol is counted by hand.
 
 Golden data in `tests/parity/spai`: `augmentation.npz` (images) and `augmentation.json` (draws, as programs), made with the libraries of
-the official code (albumentations 1.4.14, albucore 0.0.16, OpenCV 4.10); `cli`, results of the official command with a tiny model.
+the official code (albumentations 1.4.14, albucore 0.0.16, OpenCV 4.10); `golden_schedule.npz`, rates of the official schedule; `cli`,
+results of the official command with a tiny model.
 """
 import csv
 import json
@@ -21,7 +22,7 @@ from aigid_repro.data.photos import photo_dir, pool
 from aigid_repro.data.storage import InputError
 from aigid_repro.detect.evaluation import auc
 from aigid_repro.spai import augmentation as aug
-from aigid_repro.spai import lists
+from aigid_repro.spai import lists, recipe
 
 FOLDER = Path(__file__).parent/"parity"/"spai"
 
@@ -141,6 +142,41 @@ def test_the_training_loop_takes_views_side_by_side(photo):
 ])
 def test_wrong_programs_say_what_is_wrong(photo, program, words):
     with pytest.raises(InputError, match=words): aug.apply_program(photo, program)
+
+
+def test_learning_rates_are_official():
+    from aigid_repro.detect.training import SCHEDULES, train_settings
+    with np.load(FOLDER/"golden_schedule.npz") as g:
+        steps, number, expected = int(g["epochs"]*g["steps_per_epoch"]), g["update_index"], g["lr"]
+        warmup = float(g["warmup_epochs"]/g["epochs"])
+    s = train_settings(steps=steps, warmup=warmup, lr=5e-4, schedule="spai")
+    rates = s.lr*SCHEDULES["spai"](s)
+    inside = number < steps - 1 # step i + 1 runs at the rate of number i
+    assert inside.sum() == 12 and np.allclose(rates[number[inside] + 1], expected[inside], rtol=1e-12, atol=0)
+    assert rates[0] == expected[0] and len(rates) == steps
+    from aigid_repro.spai.pretraining import warm_cosine
+    assert np.allclose(warm_cosine(number, 5e-4, 2.5e-7, 2.5e-7, 500, steps), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["spai", "mfm"])
+def test_schedules_of_short_trainings_are_sound(name):
+    from aigid_repro.detect.training import SCHEDULES, train_settings
+    for steps in (1, 2, 3, 10):
+        for warmup in (0., 1/7, .5):
+            rates = SCHEDULES[name](train_settings(steps=steps, warmup=warmup))
+            assert rates.shape == (steps,) and (rates > 0).all() and (rates <= 1).all()
+    with pytest.raises(InputError, match="below 1"): SCHEDULES[name](train_settings(warmup=1.))
+
+
+def test_recipes_are_settings():
+    from aigid_repro.detect.training import train_settings
+    for profile in (*recipe.PROFILES, "paper"):
+        s = train_settings(**recipe.recipe(profile, "encoder.safetensors", options=dict(scv=False), seed=3))
+        options = dict(s.options)
+        assert options["pretrained"] == "encoder.safetensors" and options["scv"] is False and s.seed == 3 and s.augmentation == "spai"
+        assert json.loads(json.dumps(recipe.recipe(profile))) # numbers that JSON can hold
+    assert recipe.recipe("mini", steps=7)["steps"] == recipe.recipe("paper", steps=7)["steps"] == 7
+    with pytest.raises(InputError, match="no recipe for profile 'big'"): recipe.recipe("big")
 
 
 def official(name):
