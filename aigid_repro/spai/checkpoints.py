@@ -51,28 +51,30 @@ def read(path:Path|str)->dict: # what the file holds
         raise InputError(f"{path}: damaged ({str(e).split(chr(10))[0] or type(e).__name__}); get the file again") from e
 
 # %% ../../nbs/spai/04_checkpoints.ipynb #59c778b9
-_RENAME = [(r"^mfvit\.vit\.patch_embed\.proj\.", "encoder.patch_embed."), (r"^mfvit\.vit\.", "encoder."),
-           (r"^mfvit\.features_processor\.patch_projector\.projectors\.", "projections."),
-           (r"^mfvit\.features_processor\.original_features_processor\.alpha$", "context.weights"),
-           (r"^mfvit\.features_processor\.original_features_processor\.proj1\.", "context.first."),
-           (r"^mfvit\.features_processor\.original_features_processor\.proj2\.", "context.second."),
-           (r"^((?:projections|context)\.\w+)\.projector\.1\.", r"\1.first."),
-           (r"^((?:projections|context)\.\w+)\.projector\.4\.", r"\1.second."),
-           (r"^(projections\.\w+)\.norm1\.", r"\1.norm_in."), (r"^((?:projections|context)\.\w+)\.norm2\.", r"\1.norm_out."),
-           (r"^patch_aggregator$", "sca.query"), (r"^to_kv\.", "sca.to_kv."), (r"^to_out\.0\.", "sca.out."),
-           (r"^cls_head\.head\.6\.", "head."), (r"^cls_head\.head\.", "body."),
-           (r"^encoder\.patch_embed\.proj\.", "encoder.patch_embed."), (r"^encoder\.norm\.", "norm."), (r"^decoder\.0\.", "decoder.")]
+_SPAI = [(r"^mfvit\.vit\.patch_embed\.proj\.", "encoder.patch_embed."), (r"^mfvit\.vit\.", "encoder."),
+         (r"^mfvit\.features_processor\.patch_projector\.projectors\.", "projections."),
+         (r"^mfvit\.features_processor\.original_features_processor\.alpha$", "context.weights"),
+         (r"^mfvit\.features_processor\.original_features_processor\.proj1\.", "context.first."),
+         (r"^mfvit\.features_processor\.original_features_processor\.proj2\.", "context.second."),
+         (r"^((?:projections|context)\.\w+)\.projector\.1\.", r"\1.first."),
+         (r"^((?:projections|context)\.\w+)\.projector\.4\.", r"\1.second."),
+         (r"^(projections\.\w+)\.norm1\.", r"\1.norm_in."), (r"^((?:projections|context)\.\w+)\.norm2\.", r"\1.norm_out."),
+         (r"^patch_aggregator$", "sca.query"), (r"^to_kv\.", "sca.to_kv."), (r"^to_out\.0\.", "sca.out."),
+         (r"^cls_head\.head\.6\.", "head."), (r"^cls_head\.head\.", "body.")]
+_MFM = [(r"^encoder\.patch_embed\.proj\.", "encoder.patch_embed."), (r"^encoder\.norm\.", "norm."), (r"^decoder\.0\.", "decoder.")]
 _UNUSED = re.compile(r"(?:mfvit\.vit|encoder)\.(cls_blocks|cls_pos_embed|actual_cls_token|cls_norm|fc_norm|intermediate_fc_norm|head)\b")
 MASK = "mfvit.frequencies_mask"
 
 def rename(state:dict[str, Tensor], # entries by official name
+           path:Path|str="weights", # named in errors
           )->tuple[dict[str, Tensor], dict[str, int]]: # by our name; unused parts -> number of entries
     "Our names for official ones (section 15)."
     ours, unused = {}, Counter()
     for name, v in state.items():
         name = name.removeprefix("module.") # of data parallelism
         if part := _UNUSED.match(name): unused[part[1]] += 1; continue
-        for rule, new in _RENAME: name = re.sub(rule, new, name)
+        for rule, new in _MFM if name.startswith(("encoder.", "decoder.")) else _SPAI: name = re.sub(rule, new, name)
+        if name in ours: raise InputError(f"{path}: two entries for {name}; these are not the weights of this detector alone")
         ours[name] = v.flatten(1) if name == "sca.query" else v
     return ours, dict(unused)
 
@@ -137,7 +139,7 @@ class Found:
 
     def __str__(self): # one line for logs
         notes = [f"epoch {self.epoch}"]*(self.epoch is not None) + [f"no {m}" for m in self.missing]
-        notes += [f"{n} entries of {part} left aside" for part, n in self.unused.items()]
+        if self.unused: notes.append("left aside: " + ", ".join(f"{part} {n}" for part, n in self.unused.items()))
         if self.minimum is not None: notes.append(f"its settings say minimum patches {self.minimum}; the detector's own value counts")
         return f"{self.path}: {self.form}, {self.entries} entries, {self.elements:,} numbers" + "".join(f"; {n}" for n in notes)
 
@@ -161,7 +163,7 @@ def from_state(state:dict[str, Tensor], # entries by official name
                **options # of `SPAI`, such as chunk or minimum
               )->tuple[SPAI, dict, dict]: # in evaluation mode; sizes; unused parts
     "A detector with official weights."
-    named, unused = rename(state)
+    named, unused = rename(state, path)
     network = network_of(named, path, heads)
     with torch.device("meta"): detector = create("spai", **network | options) # initial weights would be thrown away
     named.pop(MASK, None)
@@ -191,7 +193,7 @@ def load_mfm(path:Path|str, heads:int=0, # of the encoder; 0: as the settings in
             )->tuple[MaskedFrequencyModel, Found]: # in evaluation mode
     "Read an official MFM pretraining file (section 2)."
     state, more = _entries(read(path), path)
-    named, unused = rename(state)
+    named, unused = rename(state, path)
     network = _encoder_of(named, path, heads or _find(more.get("config", {}), "VIT", "NUM_HEADS") or 0)
     model = MaskedFrequencyModel(Encoder(**network), radius or 16*network["image"]/224, **options)
     missing = tuple(part for part in ("norm", "decoder") if not any(k.startswith(f"{part}.") for k in named))
