@@ -276,7 +276,7 @@ def pretrain(settings:PretrainSettings, images:Sequence[np.ndarray], # photos, u
         report_progress("pretraining", step + 1, s.steps)
     return model.eval().cpu()
 
-# %% ../../nbs/spai/02_pretraining.ipynb #aaeb183a
+# %% ../../nbs/spai/02_pretraining.ipynb #ccb9d94d
 def save_encoder(encoder:Encoder, path:Path|str)->None:
     "Write weights and settings of an encoder."
     with atomic(path) as p: save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, p,
