@@ -17,8 +17,8 @@ preset = generalization.preset
 # %% ../../nbs/commfor/10_types.ipynb #75383fab
 def run_study(settings:generalization.GeneralizationSettings, world, seed:int=0, jobs:int|None=None)->pd.DataFrame: # predictions
     "The runs of Table 2 without the trivial classifiers, without controls."
-    p = generalization.run_study(settings, world, seed, jobs)
-    return p[(p.role != "trivial") & (p.family.eq("real") | p.set.isin(GENERATED))].reset_index(drop=True)
+    p = generalization.run_networks(settings, world, seed, jobs)
+    return p[p.family.eq("real") | p.set.isin(GENERATED)].reset_index(drop=True)
 
 # %% ../../nbs/commfor/10_types.ipynb #4b5c58d1
 captions = {"figure": "AP by type of generator and detector: means over seeds; points are families, hollow: never trained on",
