@@ -13,7 +13,7 @@ import pandas as pd
 from ..data.storage import InputError
 from ..detect.studies import Training, run_trainings
 from ..detect.summary import (GENERATED, SETS, chance, condition, draw_points, effect, effect_table, family_table, measures,
-                                        set_table)
+                                        set_table, spread)
 
 # %% ../../nbs/commfor/13_training_sets.ipynb #d88c343e
 POOLS = "systematic", "manual", "both"
@@ -46,7 +46,7 @@ def run_study(settings:TrainingSetsSettings, world, seed:int=0, jobs:int|None=No
 # %% ../../nbs/commfor/13_training_sets.ipynb #7acf9c0a
 captions = {"figure": "AP by training set, for the detector of Figure 5a: means over seeds, bars span them",
             "figure_architectures": "AP by training set and architecture, mean over the generated evaluation sets",
-            "table": "AP and accuracy by architecture, training set and evaluation set"}
+            "table": "AP and accuracy by architecture, training set and evaluation set", "table_families": "AP family by family"}
 _COLOURS = {"systematic": "#0072B2", "manual": "#009E73", "both": "#D55E00"}
 
 def _sets(predictions:pd.DataFrame)->pd.DataFrame:
@@ -57,7 +57,9 @@ def _main(s:pd.DataFrame)->str: # name of the network of Figure 5a
 
 def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
     "AP and accuracy, mean and standard error over seeds."
-    return {"table": measures(_sets(predictions), ["detector", "pool", "set"])}
+    families = family_table(predictions, ["pool"])
+    return {"table": measures(set_table(families), ["detector", "pool", "set"]),
+            "table_families": spread(families, ["set", "family", "detector", "pool"])}
 
 def figures(predictions:pd.DataFrame)->dict:
     "Figure 5a: evaluation sets by training set. Figure 5b: architectures by training set."
