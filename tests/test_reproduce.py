@@ -187,7 +187,7 @@ def test_two_runs_at_once(project):
 
 def start(root):
     "Run the miniature project in a process of its own, up to the middle of its notebook."
-    fail_with(root, f"open({str(root / 'here')!r}, 'w').close()\nimport time\ntime.sleep(60)")
+    fail_with(root, f"open({str(root / 'here')!r}, 'w').close()\nimport time\ntime.sleep(200)")
     code = ("import sys; from pathlib import Path; from aigid_repro import cli; from aigid_repro.data import storage; "
             f"storage.root = lambda: Path({str(root)!r}); sys.exit(cli.main(['reproduce']))")
     tests = str(Path(__file__).parent)
@@ -203,7 +203,7 @@ def start(root):
 def test_interrupted(finished, how):
     before, process = content(folder(finished)), start(finished)
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120) # an interruption that is lost is repeated
     assert process.returncode == 130 and err.strip() == "interrupted; run the same command to continue"
     assert content(folder(finished)) == before and not left_over(finished)
 
