@@ -97,6 +97,18 @@ def _made(folder):
 TINY = dict(detector="high-pass-cnn", steps=2, batch=4, crop=32)
 
 
+def test_released_weights_take_part_where_they_are(tmp_path, monkeypatch):
+    from aigid_repro.commfor import generalization
+    from aigid_repro.commfor.checkpoints import save_hub
+    from aigid_repro.commfor.model import CommForViT
+    monkeypatch.setenv("AIGID_DATA", str(tmp_path))
+    public = SimpleNamespace(score=lambda detector, precision: pd.DataFrame({"side": [detector.preprocess.crop]}))
+    assert generalization.run_released(public) == []
+    save_hub(CommForViT("mini", 224, 16), tmp_path/"weights/commfor-model-224")
+    found, = generalization.run_released(public)
+    assert found.iloc[0][["side", "role", "run"]].tolist() == [224, "released", "released weights at 224 px"]
+
+
 def test_a_detector_is_trained_once(world, monkeypatch, tmp_path):
     run = as_run(Training(TINY, images=6), world)
     first = trained(run)[0].state_dict()
