@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 import zlib
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def detector(tiny_state, tmp_path_factory):
     torch.save({"model": tiny_state, "optimizer": {"state": {}}, "lr_scheduler": {}, "max_accuracy": 1.5, "epoch": 3}, path)
     found, report = cp.load_official(path, heads=4)
     assert (report.form, report.entries, report.epoch, report.mask) == ("SPAI checkpoint", len(tiny_state), 3, True)
-    assert found.sizes == md.Sizes(64, 16, 64, 3, 4, 6, 48, 4, 96)
+    assert found.sizes == md.Sizes(64, 16, 64, 3, 4, 6, projection=48, sca_heads=4, sca_dim=96)
     return found
 
 
@@ -91,7 +92,7 @@ def steps(detector, x, minimum=4):
     "Everything that is computed on the way to the logit."
     seen = {}
     def block(i): return lambda _, a, y: seen.setdefault("blocks", {}).update({i: y[:, 1:]})
-    def projected(i): return lambda _, a, y: seen.setdefault("projected", {}).update({i: y})
+    def projected(i): return lambda _, a, y: seen.setdefault("projected", {}).update({i: y.flatten(0, -3)})
     hooks = [h for i in range(detector.sizes.depth) for h in (detector.encoder.blocks[i].register_forward_hook(block(i)),
                                                               detector.projections[i].register_forward_hook(projected(i)))]
     detector.minimum = minimum
@@ -264,7 +265,7 @@ def test_views_side_by_side_as_in_training(tiny, detector):
 def test_two_images_of_different_size_in_one_batch(chunk, tiny, detector):
     detector.chunk = chunk
     logits = detector([image("150x200")[0], image("70x90")[0]])
-    detector.chunk = 32
+    detector.chunk = 0
     assert furthest(logits[:, None], tiny["list_of_two.logit"]) < LIMIT
     assert furthest(logits[:, None], tiny["list_of_two_fb3.logit"]) < LIMIT
 
@@ -273,8 +274,8 @@ def test_scores_of_files(tiny, detector):
     "Through both ways of the kit, from decoded images."
     files = [FOLDER/f"image_{n}.png" for n in ("150x200", "70x90", "69x91")]
     golden = np.concatenate([tiny["list_of_two.logit"], tiny["five69x91.logit"]])[:, 0]
-    assert furthest(md.score_images(detector, [Image.open(f) for f in files]), golden) < LIMIT
-    assert furthest(md.score_images(detector, [np.asarray(Image.open(f)) for f in files], batch=2), golden) < LIMIT
+    for images in ([Image.open(f) for f in files], (np.asarray(Image.open(f)) for f in files), files, [f.read_bytes() for f in files]):
+        assert furthest(md.score_images(detector, images, precision="no"), golden) < LIMIT
     assert furthest(predict(detector, [Image.open(f) for f in files]), golden) < LIMIT
 
 
@@ -329,22 +330,19 @@ def test_full_detector(full, base):
 
 @pytest.mark.parametrize("switch", [{}, dict(srs=False), dict(scv=False), *(dict(merge=m) for m in md.MERGES[1:])])
 def test_every_switch_trains_and_is_stored(switch, tmp_path):
-    small = dict(size="mini", image=32, width=24, depth=2, projection=16, sca_heads=2, sca_dim=16, radius=3)
-    torch.manual_seed(0)
-    net = create("spai", **small | switch).train()
+    net = toy(**switch).train()
     net(torch.rand(2, 3, 32, 128)).sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
     net.eval()
     save_detector(net, tmp_path/"d")
     images = [np.random.default_rng(i).integers(0, 256, s, dtype=np.uint8) for i, s in enumerate([(70, 90, 3), (20, 40, 3)])]
     assert (md.score_images(load_detector(tmp_path/"d"), images) == md.score_images(net, images)).all()
-    assert np.allclose(predict(net, images), md.score_images(net, images), atol=1e-5)
+    assert np.allclose(predict(net, images), md.score_images(net, images, precision="no"), atol=1e-5)
 
 
 @torch.inference_mode()
 def test_crops_without_attention():
-    small = dict(size="mini", image=32, width=24, depth=2, projection=16, sca_heads=2, sca_dim=16, radius=3)
-    nets = {m: create("spai", **small, merge=m).eval() for m in md.MERGES[1:]}
+    nets = {m: create("spai", **TOY, merge=m).eval() for m in md.MERGES[1:]}
     for net in nets.values(): net.load_state_dict(nets["centre"].state_dict())
     x = torch.rand(1, 3, 60, 81)
     crops = [x[..., t:t + 32, c:c + 32] for t, c in [(0, 0), (0, 49), (28, 0), (28, 49), (14, 24)]]
@@ -354,14 +352,100 @@ def test_crops_without_attention():
     assert torch.allclose(nets["ten-max"](x), each.max()[None], atol=1e-6)
 
 
+TOY = dict(size="mini", image=32, width=24, depth=2, projection=16, sca_heads=2, sca_dim=16, radius=3)
+
+
+def toy(**options):
+    torch.manual_seed(0)
+    return create("spai", **TOY | options).eval()
+
+
+def noise(*shape, seed=0): return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
 def test_memory_does_not_grow_with_the_number_of_images():
-    "The encoder never sees more than three views of a chunk, and bytes stay bytes until then."
-    net, seen = create("spai", size="mini", image=32, width=24, depth=2, projection=16, sca_heads=2, sca_dim=16, chunk=5), []
-    net.encoder.patch_embed.register_forward_hook(lambda _, a, y: seen.append(len(y)))
-    images = [np.zeros((64, 64 + 32*(i%3), 3), np.uint8) for i in range(20)]
-    md.score_images(net, images, batch=20)
+    "The encoder never sees more than three views of a chunk; images are asked for one at a time and let go when they are cut."
+    net, seen, alive = toy(chunk=5), [], []
+    net.encoder.blocks[0].register_forward_hook(lambda _, a, y: seen.append(len(y)))
+    def images():
+        for i in range(20):
+            picture = noise(64, 64 + 32*(i%3), seed=i)
+            alive.append(weakref.ref(picture))
+            assert sum(r() is not None for r in alive) <= 2 # the one before is still being replaced
+            yield picture
+            del picture
+    assert len(md.score_images(net, images(), precision="no")) == 20
     assert max(seen) == 15 and sum(seen) == 3*sum(2*(2 + i%3) for i in range(20))
-    assert net.patches([torch.from_numpy(i).permute(2, 0, 1) for i in images])[0].dtype == torch.uint8
+    assert net.patches([torch.from_numpy(noise(64, 64)).permute(2, 0, 1)])[0].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("merge", md.MERGES)
+@pytest.mark.parametrize("chunk", [1, 4, 7, 1000])
+def test_chunks_do_not_change_logits_nor_their_order(merge, chunk):
+    "Images that begin and end anywhere in a chunk, one longer than several chunks."
+    net = toy(merge=merge)
+    images = [noise(h, w, seed=h) for h, w in [(32, 64), (200, 150), (10, 10), (33, 70), (64, 64), (31, 96)]]
+    alone = np.concatenate([net([torch.from_numpy(i).permute(2, 0, 1)]).detach().numpy() for i in images])
+    net.chunk = chunk
+    assert np.allclose(md.score_images(net, iter(images), precision="no"), alone, atol=1e-6)
+
+
+def test_equal_patches_are_encoded_once():
+    net, seen = toy(), []
+    small = [noise(32, 32, seed=i) for i in range(3)] # five equal patches each
+    blank = np.zeros((96, 96, 3), np.uint8)
+    blank[:32, :32] = 7
+    logits = md.score_images(net, [*small, blank], precision="no")
+    net.encoder.blocks[0].register_forward_hook(lambda _, a, y: seen.append(len(y)))
+    assert (md.score_images(net, [*small, blank], precision="no") == logits).all() and seen == [3*(3 + 2)]
+    alone = torch.cat([net([torch.from_numpy(i).permute(2, 0, 1)]) for i in [*small, blank]]).detach()
+    assert np.allclose(alone, logits, atol=1e-6)
+
+
+def test_a_large_image_is_cut_without_a_copy():
+    image = torch.zeros(1, 3, 3200, 3200, dtype=torch.uint8)
+    views = toy().cut(image)
+    assert len(views) == 10_000 and all(v.untyped_storage().data_ptr() == image.untyped_storage().data_ptr() for v in views)
+
+
+def test_sixteen_bits_where_they_are_harmless(detector):
+    "Logits stay within 0.01 of single precision; similarities, attention and head are in single precision."
+    images = [noise(h, w, seed=w) for h, w in [(150, 200), (64, 64), (300, 130)]]
+    exact = md.score_images(detector, images, precision="no")
+    rounded = md.score_images(detector, images, precision="bf16")
+    assert 0 < np.abs(exact - rounded).max() < 1e-2
+    kinds = {}
+    parts = dict(block=detector.encoder.blocks[0].mlp.fc1, projection=detector.projections[0].second, context=detector.context.first.first,
+                 sca=detector.sca.to_kv, body=detector.body[0], head=detector.head)
+    hooks = [m.register_forward_hook(lambda _, a, y, name=name: kinds.update({name: y.dtype})) for name, m in parts.items()]
+    md.score_images(detector, images[:1], precision="bf16")
+    for h in hooks: h.remove()
+    half, single = torch.bfloat16, torch.float32
+    assert kinds == dict(block=half, projection=half, context=single, sca=single, body=single, head=single)
+
+
+def test_a_frozen_encoder_records_nothing():
+    net = toy().train()
+    seen = []
+    net.encoder.blocks[-1].register_forward_hook(lambda _, a, y: seen.append(y))
+    net(torch.rand(2, 3, 32, 128)).sum().backward()
+    assert seen[0].grad_fn is None and all((p.grad is None) for p in net.encoder.parameters())
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+
+
+def test_gradients_of_the_spectral_vector(detector):
+    "Those of means, deviations and cosines as torch computes them."
+    torch.manual_seed(0)
+    z = torch.randn(3, 2, 7, 16, dtype=torch.float64, requires_grad=True)
+    cosines = torch.stack([torch.cosine_similarity(z[a], z[b], dim=-1) for a, b in ((0, 1), (0, 2), (1, 2))], -1)
+    plain = torch.stack([cosines.mean(1), cosines.std(1)], -1).flatten(1)
+    weights = torch.randn(plain.shape, dtype=torch.float64)
+    (theirs,) = torch.autograd.grad((plain*weights).sum(), z)
+    ours = md.similarity(z)
+    assert torch.allclose(ours, plain) and torch.allclose(torch.autograd.grad((ours*weights).sum(), z)[0], theirs)
+    same = torch.ones(3, 1, 4, 8, requires_grad=True) # views alike in all tokens
+    md.similarity(same).sum().backward()
+    assert same.grad.isfinite().all()
 
 
 # files
@@ -388,7 +472,7 @@ def test_settings_of_yacs_are_read_and_nothing_of_them_is_run(tiny_state, tiny, 
     yacs_like(tmp_path/"spai.pth")
     detector, found = cp.load_official(tmp_path/"spai.pth")
     assert detector.sizes.heads == 4 and (found.epoch, found.minimum) == (0, 1) and detector.minimum == 4
-    assert furthest(md.score_images(detector, [Image.open(FOLDER/"image_70x90.png")])[:, None], tiny["five70x90.logit"]) < LIMIT
+    assert furthest(md.score_images(detector, [FOLDER/"image_70x90.png"], precision="no")[:, None], tiny["five70x90.logit"]) < LIMIT
     with pytest.raises(pickle.UnpicklingError): torch.load(tmp_path/"spai.pth", weights_only=True) # the exception is local
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SETS', 'captions', 'features', 'feature_table', 'classifier', 'trivial_logits', 'cross_validated', 'audit',
-           'audit_table', 'composition', 'tables', 'figures', 'effects']
+           'run_trivial', 'audit_table', 'composition', 'tables', 'figures', 'effects']
 
 # %% ../../nbs/detect/08_audit.ipynb #ca1609fc
 import numpy as np
@@ -76,6 +76,23 @@ def audit(records:pd.DataFrame)->pd.DataFrame: # predictions: run = kind of feat
     return pd.concat([*parts, rest], ignore_index=True)
 
 # %% ../../nbs/detect/08_audit.ipynb #da047765
+def run_trivial(world, # of `studies`, kind `embedded`
+                seeds:int, seed:int=0)->pd.DataFrame: # predictions on validation and test images
+    "The trivial classifiers as detectors: trained on the training images, one run a kind and seed."
+    from aigid_repro.data.corpus import build_corpus
+    from aigid_repro.detect.scoring import IMAGE_COLUMNS
+    from aigid_repro.detect.studies import Training
+    table, parts = build_corpus(world.settings(), jobs=1), []
+    seen, held = feature_table(table), table.split.isin(["validation", "test"]) # once: every seed draws from the same images
+    seen.index, test, test_features = table.id, table[held], seen[held.to_numpy()].reset_index(drop=True)
+    for s in range(seeds):
+        rows = world.data(Training({}, 1000*seed + s))
+        train = seen.loc[rows.id].reset_index(drop=True).assign(label=rows.label)
+        parts += [test[IMAGE_COLUMNS].assign(logit=trivial_logits(train, test_features, kind), detector=f"{kind} only", role="trivial",
+                                             seed=1000*seed + s, run=f"{kind} only, seed {s}") for kind in KINDS]
+    return pd.concat(parts, ignore_index=True)
+
+# %% ../../nbs/detect/08_audit.ipynb #b769381a
 SETS = ["systematic", "manual", "unseen", "bicubic control", "sharpening control"]
 
 def audit_table(predictions:pd.DataFrame)->pd.DataFrame: # one row a family: AUC by kind of features
