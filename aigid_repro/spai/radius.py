@@ -69,7 +69,8 @@ def figures(predictions:pd.DataFrame)->dict:
         if len(rows): draw_curve(ax, rows, "radius", "auc", label, COLOURS.get(name, "0.4"), "--" if "control" in name else "-")
     chance(ax)
     ax.axvline(predictions.published.iloc[0], color="0.5", lw=.8, ls=":")
-    ax.set_xlabel("radius, bins (dotted: the published share of the side)"); ax.set_ylabel("AUC"); ax.legend(fontsize=9)
+    ax.set_xlabel("radius, bins (dotted: the published share of the side)"); ax.set_ylabel("AUC")
+    fig.legend(loc="outside lower center", ncols=2, fontsize=9)
     return {"figure": fig}
 
 def effects(predictions:pd.DataFrame)->pd.DataFrame: # claim, value, low, high, n, unit, note

@@ -8,6 +8,7 @@ __all__ = ['WAYS', 'captions', 'ResolutionSettings', 'preset', 'images_of', 'loo
 
 # %% ../../nbs/spai/15_resolution.ipynb #9e1f5db4
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -44,6 +45,7 @@ def preset(profile:str, **changes)->ResolutionSettings:
     mine = tuple(t for t in table.trained if t[0] == SPAI)
     return replace(ResolutionSettings(table.seeds, generators=first, trained=mine), **sizes[profile] | changes)
 
+@lru_cache(maxsize=1) # a process meets one size after the other, with one detector after the other
 def images_of(size:int, crops:int, generators:tuple)->tuple[pd.DataFrame, list[np.ndarray]]: # what they are, pixels (size, size, 3)
     "Pairs at one size."
     from aigid_repro.data.corpus import CorpusSettings, crop_images, evaluation_set, split_crops
