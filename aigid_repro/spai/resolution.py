@@ -56,7 +56,8 @@ def images_of(size:int, crops:int, generators:tuple)->tuple[pd.DataFrame, list[n
     about, images = [], []
     for name in ("real", *generators):
         family = find(name).family if name != "real" else "real"
-        for crop, x in zip(chosen, pixels if name == "real" else generate(name, pixels, settings.seed)):
+        for i, crop in enumerate(chosen):
+            x = pixels[i] if name == "real" else generate(name, pixels[i:i + 1], settings.seed + i)[0] # one at a time: memory
             about.append(dict(id=f"{size}/{crop.id}/{name}", label=int(name != "real"), generator=name, family=family, source=crop.photo,
                               crop=crop.id, split="test", set="real" if name == "real" else evaluation_set(family), size=size))
             images.append(np.asarray(x))
