@@ -56,6 +56,7 @@ def measured(job:dict)->pd.DataFrame: # predictions, similarities by pair and bl
 
     from aigid_repro.detect.studies import parts
     from aigid_repro.detect.training import device_of, half, predict
+    from aigid_repro.spai.model import Settle
     detector, precision = trained(job["run"])
     about, images = parts(job["run"])[1].images("test", job["crops"])
     device = device_of()
@@ -64,7 +65,9 @@ def measured(job:dict)->pd.DataFrame: # predictions, similarities by pair and bl
     for image in images:
         patches, _ = detector.patches([torch.from_numpy(np.array(image)).permute(2, 0, 1)])
         with torch.inference_mode(), half(device, precision): v = detector.spectral_vectors(patches)
-        vectors.append(v[:, :6*n].float().mean(0).cpu().numpy())
+        v, settle = v[:, :6*n].float(), detector.settle_srs
+        if isinstance(settle, Settle): v = v*settle.deviation + settle.mean # cosines again
+        vectors.append(v.mean(0).cpu().numpy())
     means = np.stack(vectors).reshape(len(images), 3, 2, n)[:, :, 0] # pair, mean or deviation, block
     table = about.assign(logit=predict(detector, images, device=device, precision=precision), seed=job["run"]["seed"])
     for i, pair in enumerate(PAIRS):
@@ -167,7 +170,8 @@ def pictures(detector, about:pd.DataFrame, images:Sequence[np.ndarray], # what t
 
     from aigid_repro.spai.frequency import split
     from aigid_repro.spai.model import patch_attention
-    chosen = [i for i, c in enumerate(about.crop) if c == about.crop.iloc[crop]][:rows]
+    chosen = [i for i, c in enumerate(about.crop) if c == about.crop.iloc[crop]]
+    chosen = sorted(chosen, key=lambda i: about.family.iloc[i] != "real")[:rows]
     fig, axes = plt.subplots(len(chosen), 5, figsize=(10, 2.05*len(chosen)), squeeze=False)
     for line, i in zip(axes, chosen):
         pixels = np.array(images[i])
