@@ -18,8 +18,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from aigid_repro.commfor.augmentation import OPERATIONS, CommForAugmentation, apply_program, decode, to_tensor
 from aigid_repro.data.photos import photo_dir, pool
+from aigid_repro.detect.random_states import OPERATIONS, RandomStates, apply_program, decode, to_tensor
 
 NORMALISE = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
 BILINEAR = InterpolationMode.BILINEAR
@@ -96,8 +96,8 @@ def ours(data, augmentation, rng, clock):
 
 def compare(size:int, data:list[bytes], images:int, rounds:int, seed:int)->None:
     "Print the table of one crop size."
-    sides = {"plain": (plain, CommForAugmentation(size)), "ours, exact": (ours, CommForAugmentation(size, exact=True)),
-             "ours": (ours, CommForAugmentation(size))}
+    sides = {"plain": (plain, RandomStates(size)), "ours, exact": (ours, RandomStates(size, exact=True)),
+             "ours": (ours, RandomStates(size))}
     for i in range(8): # the same pixels, and the first calls' extra time
         tensors = [f(data[i%len(data)], a, np.random.default_rng([seed, i]), Clock()) for f, a in sides.values()]
         program = sides["ours"][1].program((512, 512), np.random.default_rng([seed, i]))

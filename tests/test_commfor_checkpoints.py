@@ -19,9 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from aigid_repro.commfor import checkpoints as cp
-from aigid_repro.commfor import recipe
 from aigid_repro.commfor.model import CommForViT
 from aigid_repro.data.storage import InputError
+from aigid_repro.detect import training
 
 FOLDER = Path(__file__).parent/"parity"/"commfor"
 SPECS = {"small_384": ("small", 384, 2025), "small_224": ("small", 224, 2024), "tiny_224": ("tiny", 224, 2026)} # last: input seed
@@ -285,7 +285,7 @@ def test_only_its_own_kind_is_saved(tmp_path):
 
 @pytest.mark.parametrize("loader_length", [25, 30])
 def test_learning_rates_equal_the_golden_list(golden, loader_length):
-    assert np.allclose(recipe.official_learning_rates(2e-5, 100, .2, loader_length), golden[f"lr_100_{loader_length}"], rtol=1e-12, atol=0)
+    assert np.allclose(training.chained_cosine(2e-5, 100, .2, loader_length), golden[f"lr_100_{loader_length}"], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("iterations, share, loader_length", [(60, .5, 7), (60, .5, 1), (50, 0., 60), (300, .2, 39), (5, .9, 1)])
@@ -301,9 +301,9 @@ def test_learning_rates_equal_the_scheduler_of_torch(iterations, share, loader_l
         optimiser.step()
         if i > warmup: scheduler.step()
         if i % loader_length == 0: scheduler.step()
-    assert np.allclose(recipe.official_learning_rates(1e-3, iterations, share, loader_length), rates, rtol=1e-9, atol=0)
+    assert np.allclose(training.chained_cosine(1e-3, iterations, share, loader_length), rates, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("settings", [(1e-3, 10, 1., 5), (1e-3, 10, -.1, 5), (1e-3, 0, .2, 5), (1e-3, 10, .2, 0)])
 def test_impossible_schedules_are_errors(settings):
-    with pytest.raises(InputError, match="must be at least"): recipe.official_learning_rates(*settings)
+    with pytest.raises(InputError, match="must be at least"): training.chained_cosine(*settings)

@@ -10,7 +10,7 @@ import torch
 
 from aigid_repro.data.storage import InputError, root
 from aigid_repro.detect.results import find_items
-from aigid_repro.spai import pretraining
+from aigid_repro.spai import augmentation, model, pretraining  # noqa: F401 - registers views and detector
 from aigid_repro.spai.recipe import pretrained, recipe, sizes
 
 MODULES = ["detectors", "components", "radius", "robustness", "resolution", "similarity"]
@@ -68,6 +68,21 @@ def test_a_stored_detector_keeps_what_its_first_batch_settled(tmp_path):
     save_detector(detector, tmp_path)
     assert (predict(load_detector(tmp_path), images) == predict(detector, images)).all()
     assert "pretrained" not in json.loads((tmp_path/"config.json").read_text())["settings"] # its encoder is among its weights
+
+
+def test_similarity_scores_as_the_detector_does(monkeypatch):
+    from aigid_repro.detect.detector import create
+    from aigid_repro.detect.studies import Training, as_run, embedded
+    from aigid_repro.detect.training import predict
+    from aigid_repro.spai.recipe import ROOMS
+    study, world = module("similarity"), embedded("smoke")
+    detector = create("spai", **dict(recipe("mini", pretrained("mini"))["options"])).eval()
+    monkeypatch.setattr(study, "trained", lambda run: (detector, "no"))
+    table = study.measured(dict(run=as_run(Training({}, 3), world, ROOMS), crops=2))
+    about, images = world.images("test", 2)
+    assert table.id.tolist() == about.id.tolist() and set(table.seed) == {3}
+    np.testing.assert_allclose(table.logit, predict(detector, images), atol=1e-4)
+    assert table.filter(regex="^(ol|oh|lh)_").abs().max(axis=None) <= 1 + 1e-6
 
 
 def test_ways_to_look_name_what_is_unknown():

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from aigid_repro.data.corpus import png
 from aigid_repro.data.storage import InputError
-from aigid_repro.detect import networks  # noqa: F401 - registers the detectors
+from aigid_repro.detect import networks
+from aigid_repro.detect.detector import register
 from aigid_repro.detect.training import train, train_settings
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -39,8 +40,14 @@ def test_two_processes_train_what_one_trains(tmp_path):
     assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=2e-4) for k in one)
 
 
-def test_same_seed_same_weights_and_resume_continues(records, tmp_path):
-    settings = train_settings(steps=6, batch=4, crop=32, precision="no", resample=.5, jpeg=.5)
+@register("with-dropout")
+class WithDropout(networks.HighPassCNN):
+    def features(self, x): return torch.dropout(super().features(x), .5, self.training)
+
+
+@pytest.mark.parametrize("detector", ["high-pass-cnn", "with-dropout"])
+def test_same_seed_same_weights_and_resume_continues(records, tmp_path, detector):
+    settings = train_settings(steps=6, batch=4, crop=32, precision="no", resample=.5, jpeg=.5, detector=detector)
     whole, again = (train(settings, records).state_dict() for _ in range(2))
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 

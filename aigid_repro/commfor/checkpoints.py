@@ -8,43 +8,20 @@ __all__ = ['strip_prefix', 'network_of', 'Found', 'load_official', 'save_hub']
 # %% ../../nbs/commfor/03_checkpoints.ipynb #bf9addea
 import json
 import math
-import pickle
 import re
-import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .model import SIZES, CommForViT
 from ..data.storage import InputError, atomic
+from ..detect.checkpoints import AGAIN, entries, read_weights
 from ..detect.detector import create
 
-# %% ../../nbs/commfor/03_checkpoints.ipynb #eec1c16d
-_AGAIN = "get the file again"
-
-def _read(path:Path)->dict: # what the file holds
-    "Content of one weights file; nothing in it is executed."
-    try:
-        with open(path, "rb") as f: start = f.read(24)
-        if start.startswith(b"version https://git-lfs"):
-            raise InputError(f"{path}: a Git LFS pointer stands in for the weights; fetch them (git lfs pull) or download the file itself")
-        if tarfile.is_tarfile(path): raise InputError(f"{path}: an archive; unpack it and name the .pt file in it")
-        if path.suffix == ".safetensors": return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError: raise
-    except OSError as e: raise InputError(f"cannot read {path}: {e.strerror or e}; name a hub folder or a weights file") from e
-    except pickle.UnpicklingError as e:
-        if found := re.search(r"GLOBAL (\S+)", str(e)):
-            raise InputError(f"{path}: holds a Python object ({found[1]}) and is not opened; save its state dict alone") from e
-        raise InputError(f"{path}: no weights of torch, or damaged; {_AGAIN}") from e
-    except Exception as e: # what torch and safetensors raise on damaged files is of many kinds
-        raise InputError(f"{path}: damaged ({str(e).split(chr(10))[0] or type(e).__name__}); {_AGAIN}") from e
-
-# %% ../../nbs/commfor/03_checkpoints.ipynb #c37d1611
+# %% ../../nbs/commfor/03_checkpoints.ipynb #0017ec29
 _WRAPPING = re.compile(r"(?:module\.|_orig_mod\.|vit\.)*")
 
 def strip_prefix(state:dict[str, Tensor], # tensors by name
@@ -54,21 +31,21 @@ def strip_prefix(state:dict[str, Tensor], # tensors by name
     alien = [k for k in state if _WRAPPING.match(k)[0] != prefix]
     return {k.removeprefix(prefix): v for k, v in state.items() if k not in alien}, prefix, alien
 
-# %% ../../nbs/commfor/03_checkpoints.ipynb #8e990fdd
+# %% ../../nbs/commfor/03_checkpoints.ipynb #345d33ee
 def network_of(state:dict[str, Tensor], # tensors by timm's name
                path:Path|str="weights", # named in errors
               )->dict: # size, image and patch, as `CommForViT` takes them
     "Settings of the network that tensors belong to."
     try: width, patch, tokens = (state[k].shape[d] for k, d in (("cls_token", 2), ("patch_embed.proj.weight", 3), ("pos_embed", 1)))
     except KeyError as e: raise InputError(f"{path}: no tensor {e.args[0]}; these are not the weights of this detector") from e
-    except IndexError as e: raise InputError(f"{path}: cls_token, patch_embed or pos_embed has too few dimensions; {_AGAIN}") from e
+    except IndexError as e: raise InputError(f"{path}: cls_token, patch_embed or pos_embed has too few dimensions; {AGAIN}") from e
     size = {s["embed_dim"]: name for name, s in SIZES.items()}.get(width)
     side = math.isqrt(max(0, tokens - 1))
     if size is None: raise InputError(f"{path}: {width} channels fit none of {', '.join(SIZES)}; this is another network")
-    if not side or side*side != tokens - 1: raise InputError(f"{path}: pos_embed has {tokens} rows, not 1 + a square; {_AGAIN}")
+    if not side or side*side != tokens - 1: raise InputError(f"{path}: pos_embed has {tokens} rows, not 1 + a square; {AGAIN}")
     return dict(size=size, image=side*patch, patch=patch)
 
-# %% ../../nbs/commfor/03_checkpoints.ipynb #f2561fab
+# %% ../../nbs/commfor/03_checkpoints.ipynb #92346e8d
 @dataclass(frozen=True)
 class Found:
     "What `load_official` found."
@@ -88,7 +65,7 @@ class Found:
         return (f"{self.path}: {self.form}{f' ({count})' if count else ''}, ViT {self.size}, input {self.image} px, patch {self.patch} px, "
                 f"{self.tensors} tensors ({self.dtype}), prefix {self.prefix!r}")
 
-# %% ../../nbs/commfor/03_checkpoints.ipynb #13523970
+# %% ../../nbs/commfor/03_checkpoints.ipynb #fb549146
 _HUB = dict(model_size="size", input_size="image", patch_size="patch") # key of config.json: ours
 
 def _hub_config(folder:Path)->dict: # empty where there is none
@@ -96,8 +73,8 @@ def _hub_config(folder:Path)->dict: # empty where there is none
     path = folder/"config.json"
     if not path.exists(): return {}
     try: config = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as e: raise InputError(f"{path}: damaged ({e}); {_AGAIN}") from e
-    if not isinstance(config, dict): raise InputError(f"{path}: no JSON object; {_AGAIN}")
+    except (OSError, ValueError) as e: raise InputError(f"{path}: damaged ({e}); {AGAIN}") from e
+    if not isinstance(config, dict): raise InputError(f"{path}: no JSON object; {AGAIN}")
     if "detector" in config: raise InputError(f"{folder}: a detector that this kit saved; read it with load_detector")
     return config
 
@@ -108,29 +85,26 @@ def _hub_weights(folder:Path)->Path:
     raise InputError(f"{folder}: no model.safetensors in it" + (f"; name one file: {', '.join(others)}" if others else
                      "; a hub folder holds config.json and model.safetensors"))
 
-# %% ../../nbs/commfor/03_checkpoints.ipynb #0da1d2ba
+# %% ../../nbs/commfor/03_checkpoints.ipynb #cd473546
 def _check(state:dict[str, Tensor], expected:dict[str, Tensor], path:Path)->None:
     "Same names and shapes, finite values."
     def first(names): return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
-    if missing := [k for k in expected if k not in state]: raise InputError(f"{path}: no tensor {first(missing)}; {_AGAIN}")
+    if missing := [k for k in expected if k not in state]: raise InputError(f"{path}: no tensor {first(missing)}; {AGAIN}")
     if surplus := [k for k in state if k not in expected]:
         raise InputError(f"{path}: surplus tensor {first(surplus)}; these are not the weights of this detector alone")
     for k, v in expected.items():
         if state[k].shape != v.shape:
-            classes = "; a classifier of many classes, such as the pretrained backbone?" if k.startswith("head.") else f"; {_AGAIN}"
+            classes = "; a classifier of many classes, such as the pretrained backbone?" if k.startswith("head.") else f"; {AGAIN}"
             raise InputError(f"{path}: {k} has shape {tuple(state[k].shape)}, not {tuple(v.shape)}{classes}")
         if not (state[k].is_floating_point() and state[k].float().isfinite().all()):
-            raise InputError(f"{path}: {k} holds something else than finite numbers; {_AGAIN}")
+            raise InputError(f"{path}: {k} holds something else than finite numbers; {AGAIN}")
 
 def load_official(path:Path|str, # hub folder, training checkpoint or state dict
                  )->tuple[CommForViT, Found]: # detector in evaluation mode; what was found
     "Read official weights in any of their forms."
     path = Path(path)
-    config, content = (_hub_config(path), _read(_hub_weights(path))) if path.is_dir() else ({}, _read(path))
-    wrapped = isinstance(content, dict) and isinstance(content.get("model"), dict)
-    state = content["model"] if wrapped else content
-    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise InputError(f"{path}: neither a state dict nor a checkpoint with one under 'model'")
+    config, content = (_hub_config(path), read_weights(_hub_weights(path))) if path.is_dir() else ({}, read_weights(path))
+    state, more = entries(content, path)
     state, prefix, alien = strip_prefix(state)
     if alien: raise InputError(f"{path}: surplus tensor {alien[0]} beside those under {prefix!r}; remove it")
     settings = network_of(state, path)
@@ -140,12 +114,12 @@ def load_official(path:Path|str, # hub folder, training checkpoint or state dict
     detector = create("commfor-vit", **settings)
     _check(state, detector.vit.state_dict(), path)
     detector.vit.load_state_dict(state)
-    counters = {ours: content[k] for k, ours in (("epoch", "epoch"), ("itr", "iteration")) if wrapped and isinstance(content.get(k), int)}
-    form = "hub folder" if path.is_dir() else "training checkpoint" if wrapped else "bare state dict"
+    counters = {ours: content[k] for k, ours in (("epoch", "epoch"), ("itr", "iteration")) if isinstance(more.get(k), int)}
+    form = "hub folder" if path.is_dir() else "training checkpoint" if more else "bare state dict"
     dtype = ", ".join(sorted({str(v.dtype).removeprefix("torch.") for v in state.values()}))
     return detector.eval(), Found(str(path), form, **settings, tensors=len(state), dtype=dtype, prefix=prefix, **counters)
 
-# %% ../../nbs/commfor/03_checkpoints.ipynb #a3d42a53
+# %% ../../nbs/commfor/03_checkpoints.ipynb #ee991ebe
 def save_hub(detector:CommForViT, folder:Path|str, # made if it is not there
             )->None:
     "Write config.json and model.safetensors as the official class reads them."

@@ -28,6 +28,7 @@ class Preprocessing:
     interpolation:str="bilinear" # bilinear, bicubic or lanczos, antialiased
     mean:tuple[float, float, float]=(0., 0., 0.)
     std:tuple[float, float, float]=(1., 1., 1.)
+    padding:str="symmetric" # what continues an image smaller than the crop: symmetric (its reflection) or constant (zeros)
 
     def pixels(self, image:Image.Image|np.ndarray, # image, or its pixels (h, w, 3) in RGB
               )->np.ndarray: # uint8 (h', w', 3)
@@ -41,7 +42,7 @@ class Preprocessing:
         pixels = np.asarray(image)
         if self.crop:
             missing = [max(0, self.crop - s) for s in pixels.shape[:2]]
-            if any(missing): pixels = np.pad(pixels, [(m//2, m - m//2) for m in missing] + [(0, 0)], "symmetric")
+            if any(missing): pixels = np.pad(pixels, [(m//2, m - m//2) for m in missing] + [(0, 0)], self.padding)
             top, left = (round((s - self.crop)/2) for s in pixels.shape[:2])
             pixels = pixels[top:top + self.crop, left:left + self.crop]
         return pixels

@@ -7,7 +7,6 @@ __all__ = ['MASK', 'Settings', 'read', 'rename', 'radius_of', 'network_of', 'off
            'from_state', 'load_official', 'load_mfm', 'save_mfm']
 
 # %% ../../nbs/spai/05_checkpoints.ipynb #5a1fbaad
-import pickle
 import re
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass
@@ -16,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..data.storage import InputError, atomic
+from ..detect.checkpoints import check_entries, entries, read_weights
 from ..detect.detector import create
 from .frequency import offcentre_disc
 from .model import SIZES, SPAI, Sizes
@@ -35,21 +34,7 @@ _ALLOWED += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") 
 
 def read(path:Path|str)->dict: # what the file holds
     "Content of a weights file; nothing in it is executed."
-    path = Path(path)
-    try:
-        with open(path, "rb") as f: start = f.read(24)
-        if start.startswith(b"version https://git-lfs"):
-            raise InputError(f"{path}: a Git LFS pointer stands in for the weights; download the file itself")
-        if path.suffix == ".safetensors": return load_file(path)
-        with torch.serialization.safe_globals(_ALLOWED): return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError: raise
-    except OSError as e: raise InputError(f"cannot read {path}: {e.strerror or e}; name a weights file") from e
-    except pickle.UnpicklingError as e:
-        if found := re.search(r"GLOBAL (\S+)", str(e)):
-            raise InputError(f"{path}: holds a Python object ({found[1]}) and is not opened; save its state dict alone") from e
-        raise InputError(f"{path}: no weights of torch, or damaged; get the file again") from e
-    except Exception as e: # what torch and safetensors raise on damaged files is of many kinds
-        raise InputError(f"{path}: damaged ({str(e).split(chr(10))[0] or type(e).__name__}); get the file again") from e
+    return read_weights(path, _ALLOWED)
 
 # %% ../../nbs/spai/05_checkpoints.ipynb #0ff9f987
 _SPAI = [(r"^mfvit\.vit\.patch_embed\.proj\.", "encoder.patch_embed."), (r"^mfvit\.vit\.", "encoder."),
@@ -162,16 +147,6 @@ def save_official(detector:SPAI, path:Path|str, **more # further entries, plain 
     _write(path, official_state(detector), settings, more)
 
 # %% ../../nbs/spai/05_checkpoints.ipynb #41f5e87a
-def _check(state:dict[str, Tensor], expected:dict[str, Tensor], path:Path|str)->None:
-    "Same names and shapes, finite values."
-    def first(names): return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
-    if missing := [k for k in expected if k not in state]: raise InputError(f"{path}: no entry for {first(missing)}; get the file again")
-    if surplus := [k for k in state if k not in expected]: raise InputError(f"{path}: unknown entry {first(surplus)}; not this detector's")
-    for k, v in expected.items():
-        if state[k].shape != v.shape: raise InputError(f"{path}: {k} has shape {tuple(state[k].shape)}, not {tuple(v.shape)}")
-        if not (state[k].is_floating_point() and state[k].isfinite().all()):
-            raise InputError(f"{path}: {k} holds something else than finite numbers; get the file again")
-
 @dataclass(frozen=True)
 class Found:
     "What was found in a file."
@@ -192,13 +167,6 @@ class Found:
         if self.minimum is not None: notes.append(f"its settings say minimum patches {self.minimum}; the detector's own value counts")
         return f"{self.path}: {self.form}, {self.entries} entries, {self.elements:,} numbers" + "".join(f"; {n}" for n in notes)
 
-def _entries(content, path:Path|str)->tuple[dict[str, Tensor], dict]: # entries; what else a checkpoint holds
-    wrapped = isinstance(content, dict) and isinstance(content.get("model"), dict)
-    state = content["model"] if wrapped else content
-    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise InputError(f"{path}: neither a state dict nor a checkpoint with one under 'model'")
-    return state, content if wrapped else {}
-
 def _find(config, *names:str): # value, or None
     "A value of nested settings, by the last parts of its name."
     if not isinstance(config, dict): return None
@@ -216,7 +184,7 @@ def from_state(state:dict[str, Tensor], # entries by official name
     network = network_of(named, path, heads)
     with torch.device("meta"): detector = create("spai", **network | options) # initial weights would be thrown away
     named.pop(MASK, None)
-    _check(named, detector.state_dict(), path)
+    check_entries(named, detector.state_dict(), path)
     detector.load_state_dict({k: v.float().contiguous() for k, v in named.items()}, assign=True)
     detector.disc = offcentre_disc(detector.sizes.image, detector.sizes.radius) # this and the next: constants that are in no file
     detector.encoder.scale = Encoder(1, 1, 1, 1, 1).scale
@@ -229,7 +197,7 @@ def load_official(path:Path|str, heads:int=0, # of the encoder; 0: as the settin
                   **options # of `SPAI`
                  )->tuple[SPAI, Found]: # detector in evaluation mode
     "Read an official SPAI checkpoint (section 15)."
-    state, more = _entries(read(path), path)
+    state, more = entries(read(path), path)
     config = more.get("config", {})
     detector, network, unused = from_state(state, path, heads or _find(config, "VIT", "NUM_HEADS") or 0, **options)
     epoch = more.get("epoch") if isinstance(more.get("epoch"), int) else None
@@ -242,13 +210,13 @@ def load_mfm(path:Path|str, heads:int=0, # of the encoder; 0: as the settings in
              **options # of `MaskedFrequencyModel`
             )->tuple[MaskedFrequencyModel, Found]: # in evaluation mode
     "Read an official MFM pretraining file (section 2)."
-    state, more = _entries(read(path), path)
+    state, more = entries(read(path), path)
     named, unused = rename(state, path)
     network = _encoder_of(named, path, heads or _find(more.get("config", {}), "VIT", "NUM_HEADS") or 0)
     model = MaskedFrequencyModel(Encoder(**network), radius or 16*network["image"]/224, **options)
     missing = tuple(part for part in ("norm", "decoder") if not any(k.startswith(f"{part}.") for k in named))
     expected = {k: v for k, v in model.state_dict().items() if k.split(".")[0] not in missing}
-    _check(named, expected, path)
+    check_entries(named, expected, path)
     model.load_state_dict({k: v.float() for k, v in named.items()}, strict=not missing)
     return model.eval(), _found(path, "MFM pretraining", state, network=network, unused=unused, missing=missing)
 

@@ -253,11 +253,12 @@ class SPAI(Detector):
 
     def spectral_vector(self, patches:Tensor)->Tensor: # in [0, 1] (k, 3, s, s) -> (k, 6 N + D)
         "Similarities of the three views and the context of some patches (sections 3 to 6)."
-        return self.vector_of(self.tokens(patches))
+        return self.vector_of(self.tokens(patches, filtered=self.srs)) # similarities need the filtered views, the context does not
 
-    def tokens(self, patches:Tensor)->Iterator[Tensor]: # in [0, 1] (k, 3, s, s) -> (views, k, tokens, d) of each block
-        "What the encoder makes of the three views of some patches; without similarities, of the image alone."
-        x = torch.stack([patches.float(), *(split(patches, self.disc) if self.srs else ())]) # (views, k, 3, s, s)
+    def tokens(self, patches:Tensor, # in [0, 1] (k, 3, s, s)
+               filtered:bool)->Iterator[Tensor]: # (views, k, tokens, d) of each block
+        "What the encoder makes of some patches and, if asked for, of their low-pass and high-pass views."
+        x = torch.stack([patches.float(), *(split(patches, self.disc) if filtered else ())]) # (views, k, 3, s, s)
         blocks = self.encoder.features(self.encoder.preprocess.normalise(x).flatten(0, 1))
         return (t.unflatten(0, x.shape[:2]) for t in blocks)
 
