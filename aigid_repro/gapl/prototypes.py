@@ -42,11 +42,13 @@ def fisher_ratio(real:np.ndarray, generated:np.ndarray)->float: # (n, D) each
     gap = generated.mean(0) - real.mean(0)
     return float(gap@np.linalg.solve(within, gap))
 
-def between_generators(features:np.ndarray, # of generated images, (n, D)
-                       generator:np.ndarray # of each
-                      )->float: # share of the total variance, 0..1
-    "Share of the variance that lies between generators, not within them (equations 2 and 3)."
+def between_generators(features:np.ndarray, # of generated images, (n, d)
+                       generator:np.ndarray, # of each
+                       least:int=20, # images beyond the first of each generator; with fewer there is nothing to tell
+                      )->float: # share of the total variance; NaN if it can't be told
+    "Share of the variance that lies between generators, not within them (equations 2 and 3), free of bias by small groups."
     features, names = np.asarray(features, np.float64), np.asarray(generator)
-    groups = [(names == g) for g in dict.fromkeys(names)]
-    between = sum(g.mean()*((features[g].mean(0) - features.mean(0))**2).sum() for g in groups)
-    return float(between/features.var(0).sum())
+    groups = [features[names == g] for g in dict.fromkeys(names)]
+    if len(features) - len(groups) < least: return float("nan")
+    within = sum(((g - g.mean(0))**2).sum() for g in groups)/(len(features) - len(groups))
+    return 1 - float(within/features.var(0, ddof=1).sum())

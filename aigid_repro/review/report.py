@@ -317,7 +317,8 @@ PAPERS = {"data": "The embedded corpus",
           "commfor": "Community Forensics (Park and Owens, CVPR 2025)",
           "spai": "SPAI: Any-Resolution Detection by Spectral Learning (CVPR 2025)",
           "gapl": "GAPL: Generator-Aware Prototypes (CVPR 2026)",
-          "gensign": "GenSign: Supervised Generative Signatures (CVPR 2026)"}
+          "gensign": "GenSign: Supervised Generative Signatures (CVPR 2026)",
+          "review": "Questions across papers"}
 MARKS = {"supported": "✓", "contradicted": "✗", "inconclusive": "≈", "not run": "–"}
 
 def _cost(minutes:float, mb:float)->str:

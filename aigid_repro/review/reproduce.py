@@ -91,7 +91,11 @@ def _hash_room(module:str, times:tuple[int, ...])->str:
     try: spec = importlib.util.find_spec(module)
     except ModuleNotFoundError: spec = None
     if spec is None: raise InputError(f"data/items.csv: no module '{module}'; run nbdev_export, or correct the name")
-    if module.startswith("aigid_repro."): return source_hash("data", "detect", module.split(".")[1])
+    if module.startswith("aigid_repro."):
+        _, room, name = module.split(".")
+        if room != "review": return source_hash("data", "detect", room)
+        rooms = sorted(p.parent.name for p in package_dir().glob("*/__init__.py")) # a question across papers may use all of them
+        return source_hash(*(r for r in rooms if r != "review"), f"review.{name}")
     return digest([(p.name, file_hash(p)) for p in sorted(Path(spec.origin).parent.glob("*.py"))])
 
 def stamp(item:Item, # what is to be run
