@@ -147,7 +147,7 @@ def figures(predictions:pd.DataFrame)->dict:
             ax.hist(rows, edges, weights=np.full(len(rows), 1/len(rows)), histtype="stepfilled", alpha=.45, color=colour, label=name)
         ax.set_xlabel(title)
     axes[0].axvline(n/2, color="0.4", lw=1, ls="--"); axes[1].axvline(.5, color="0.4", lw=1, ls="--")
-    axes[0].set_ylabel("share of the images")
+    axes[0].set_ylabel("share of the images"); axes[1].locator_params(axis="x", nbins=5)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     return {"figure": _profile(p), "figure_used": fig}
 

@@ -117,11 +117,11 @@ class CCDC(nn.Module):
                                     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(hidden, hidden), nn.LeakyReLU(.2),
                                     nn.Linear(hidden, kernels*c))
     def shares(self, h:Tensor)->Tensor: # (n, c, h, w) -> A (n, K, c)
-        return self.router(h).unflatten(1, self.bias.shape)
+        return self.router(h.contiguous(memory_format=torch.channels_last)).unflatten(1, self.bias.shape)
     def mix(self, h:Tensor, shares:Tensor)->Tensor: # (n, c, h, w), A (n, K, c) -> (n, c, h, w)
         weight = torch.einsum("nko,koihw->noihw", shares, self.weight).flatten(0, 1) # (n c, c, 3, 3)
         bias = torch.einsum("nko,ko->no", shares, self.bias).flatten()
-        return F.conv2d(h.flatten(0, 1)[None], weight, bias, padding=1, groups=len(h)).view_as(h)
+        return F.conv2d(h.flatten(0, 1)[None], weight, bias, padding=1, groups=len(h)).reshape(h.shape)
     def forward(self, h:Tensor)->Tensor: return self.mix(h, self.shares(h)) # (n, c, h, w) -> same shape
 
 # %% ../../nbs/gensign/01_dair.ipynb #0adcaacb
@@ -180,7 +180,7 @@ class DAIR(nn.Module):
         plan = draw(how, levels) if isinstance(how, random.Random) else how
         if not 1 <= len(plan) <= levels: raise InputError(f"dair: a structure of {len(plan)} stages for a network of depth {levels}")
         if h % 2**levels or w % 2**levels: raise InputError(f"dair: images of {w}x{h} px; crop them to multiples of {2**levels} px")
-        return self.decoder(self.encoder(x, len(plan)), plan)
+        return self.decoder(self.encoder(x.contiguous(memory_format=torch.channels_last), len(plan)), plan)
     @torch.no_grad()
     def reconstruct(self, x:Tensor, how:Structure|random.Random, # as `forward`
                     quantise:bool=False, # to 8 bits
