@@ -130,9 +130,10 @@ def run_study(settings:ScalingSettings, world, seed:int=0, jobs:int|None=None)->
     from aigid_repro.gapl.recipe import ROOMS
     families = world.families()
     rooms = (*ROOMS, "gapl.scaling")
-    parts = [run_trainings(plan(settings, families, settings.counts, seed), world, rooms, "scaling", scored_point, jobs),
-             run_trainings(plan(settings, families, settings.frozen_only, seed), world, rooms, "frozen encoder", scored_frozen, jobs)]
-    t = pd.concat([p for p in parts if len(p)], ignore_index=True)
+    work = [(settings.counts, "scaling", scored_point), (settings.frozen_only, "frozen encoder", scored_frozen)]
+    parts = [run_trainings(plan(settings, families, counts, seed), world, rooms, label, function, jobs)
+             for counts, label, function in work if counts]
+    t = pd.concat(parts, ignore_index=True)
     t["detector"] = t.which.astype(str)
     return t.assign(run=t.detector + ", " + t.run.astype(str)).drop(columns="which")
 
