@@ -78,7 +78,7 @@ def images(depth:int, nets, x:Tensor, structures:int, rounds:int)->None:
     rng = random.Random(depth)
     plans = [p for p in (library.draw(rng) for _ in range(100)) if len(p) == depth][:structures]
     def all_of(net): return torch.cat([net.reconstruct(x, p) for p in plans])
-    compare(f"image, {depth} stages", all_of, nets, rounds, 1e-4) # instance norms of all but constant features amplify rounding
+    compare(f"image, {depth} stages", all_of, nets, rounds, 1e-4) # instance norms of nearly constant features amplify rounding
 
 
 if __name__ == "__main__":

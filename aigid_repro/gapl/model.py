@@ -22,6 +22,10 @@ class CodeMapping(nn.MultiheadAttention):
     def forward(self, unit:Tensor, prototypes:Tensor, # unit vectors (n, dim); (N, dim)
                )->tuple[Tensor, Tensor]: # (n, dim), weights (n, N): mean over heads
         return super().forward(unit, prototypes, prototypes)
+    @torch.no_grad()
+    def sharpen(self, factor:float)->None:
+        "Make query and key weights larger, so that attention begins less even."
+        self.in_proj_weight[:2*self.embed_dim] *= factor
 
 class PaperMapping(nn.Module):
     "Attention over prototypes as the paper has it (equation 10)."
@@ -32,6 +36,9 @@ class PaperMapping(nn.Module):
     def forward(self, unit:Tensor, prototypes:Tensor)->tuple[Tensor, Tensor]: # as `CodeMapping`
         weights = (self.query(unit) @ self.key(prototypes).T/unit.shape[1]**.5).softmax(1)
         return weights @ self.value(prototypes), weights
+    @torch.no_grad()
+    def sharpen(self, factor:float)->None: # as `CodeMapping`
+        for m in (self.query, self.key): m.weight *= factor
 
 def mapping_of(name:str, dim:int, heads:int)->nn.Module|None: # see `GAPL`
     "A mapping by name; `none` is none."
@@ -57,6 +64,7 @@ class GAPL(Detector):
                  mapping:str="code", # code, paper or none
                  prototypes:int=64, dim:int=128, # N, D'
                  heads:int=4, # of the mapping
+                 sharpness:float=1., # factor of the mapping's first query and key weights
                  origin:str="pca", # of the prototypes: pca, random or released, see `stages.start`
                  types:int=3, typical:int=2000, # generator types that they are made from, images of each
                  crop:int=224): # at the centre, px
@@ -70,6 +78,7 @@ class GAPL(Detector):
         self.encoder.requires_grad_(adapt == "full")
         if adapt == "lora": add_lora(self.encoder, rank, alpha, dropout)
         self.mapping = mapping_of(mapping, dim, heads)
+        if self.mapping is not None: self.mapping.sharpen(sharpness)
         self.projection, self.head = nn.Linear(self.encoder.width, dim, bias=False), nn.Linear(dim, 1, bias=False)
         if self.mapping is not None:
             rows = random_directions(prototypes, dim) if origin == "random" else torch.zeros(prototypes, dim)

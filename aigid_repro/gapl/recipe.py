@@ -55,7 +55,7 @@ def recipe(profile:str, steps:int=0, # another number of steps
     if profile not in PROFILES: raise InputError(f"no recipe for profile {profile!r}; known: {', '.join(PROFILES)}, paper")
     at = PROFILES.index(profile)
     own = dict(adapt="lora", rank=(2, 8, 16)[at], alpha=(4, 16, 32)[at], dropout=(0., 0., .1)[at], prototypes=(8, 64, 64)[at],
-               typical=(12, 120, 240)[at], crop=(48, 96, 224)[at]) | (options or {})
+               typical=(12, 120, 240)[at], sharpness=12., crop=(48, 96, 224)[at]) | (options or {})
     return dict(detector="gapl", options=tuple(own.items()), steps=steps or (2, 60, 3000)[at], batch=(4, 16, 64)[at],
                 lr=(1e-3, 1e-3, 3e-4)[at], weight_decay=.01, warmup=.2, crop=(32, 64, 192)[at], augmentation="gapl-crop") | changes
 

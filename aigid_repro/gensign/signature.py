@@ -8,7 +8,6 @@ __all__ = ['PRESETS', 'Block', 'Extractor', 'lesson', 'loss', 'explained', 'wrap
 # %% ../../nbs/gensign/02_signature.ipynb #76e68b8a
 from math import gcd
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
