@@ -226,8 +226,9 @@ def invented(name):
     if name == "fig07_attention":
         w = rng.dirichlet(np.full(16, .1), len(about))
         shifted = [np.roll(np.sort(v), 0 if a["label"] else 8) for v, a in zip(w, about)] # the largest weights on the own half
-        return pd.DataFrame(about).assign(detector="GAPL", run=[f"GAPL, seed {a['seed']}" for a in about], logit=0.).join(
-            pd.DataFrame(np.array(shifted, np.float32), columns=attention.weight_columns(16)))
+        weights = pd.DataFrame(np.array(shifted, np.float32), columns=attention.weight_columns(16))
+        runs = [f"GAPL, seed {a['seed']}" for a in about]
+        return pd.DataFrame(about).assign(detector="GAPL", run=runs, logit=0., used_at_start=15.).join(weights)
     hard = {("none", 0.): 0, ("jpeg-pillow", 90.): .3, ("jpeg-pillow", 50.): 1.2, ("blur-scipy", 1.): .5, ("blur-scipy", 3.): 2.}
     return pd.DataFrame([a | dict(detector=d, run=f"{d}, seed {a['seed']}", perturbation=p, severity=v,
                                   logit=(2*a["label"] - 1)*1.5 - lost*(d != robustness.GAPL)*a["label"] + rng.normal())
@@ -265,6 +266,7 @@ def test_known_effects_are_found():
     assert fig6.low["gapl-fig6-blur"] > 5 and fig6.low["gapl-fig6-jpeg-ap"] > 0
     fig7 = effects("fig07_attention")
     assert fig7.high["gapl-fig7-sparse"] < 50 and fig7.low["gapl-fig7-halves"] > 20
+    assert fig7.high["gapl-fig7-learned"] < -40 # 15 of 16 at the start
 
 
 def test_a_shift_of_the_scores_is_calibration():

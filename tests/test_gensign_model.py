@@ -306,12 +306,9 @@ def test_full_detector_from_merged_files(whole, full, golden):
     "What the weights say about their adapters, with the pretrained ones at hand and without."
     net, _ = whole
     q = "clip_backbone.encoder.layers.0.self_attn.q_proj.weight"
-    for times in (1, 2):
-        state = cp.apart(full, -times)
-        assert times != 1 or off(state[q][:8, :8], golden["dual_full.l0_q_merged_weight_corner"]) < LIMIT
-        assert cp.times_merged(state) == cp.times_merged(state, full) == times
-        again = cp.apart(state, times)
-        assert max((again[k] - full[k]).abs().max().item() for k in full if k.endswith("proj.weight")) < 1e-6
+    state = cp.apart(full, -1)
+    assert off(state[q][:8, :8], golden["dual_full.l0_q_merged_weight_corner"]) < LIMIT
+    assert cp.times_merged(state) == cp.times_merged(state, full) == 1
     official = cp.official_state(net)
     assert official.keys() == full.keys() and {k: [*v.shape] for k, v in official.items()} == shapes("dual_full")
     assert all(torch.equal(v, full[k]) for k, v in official.items())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'VIEWS', 'HEAD_STEPS', 'typical_generators', 'images_of', 'data_of', 'typical_data', 'stage1', 'released',
-           'start', 'make', 'detector_of', 'scored']
+           'start', 'begin', 'make', 'detector_of', 'scored']
 
 # %% ../../nbs/gapl/07_stages.ipynb #8dbf6760
 from collections.abc import Sequence
@@ -122,12 +122,17 @@ def start(detector:GAPL, training:Training, world, settings:TrainSettings)->None
 # %% ../../nbs/gapl/07_stages.ipynb #bbef5c1c
 HEAD_STEPS = 450 # of a head on stored features, 32 a batch
 
-def make(training:Training, world, settings:TrainSettings, folder:Path): # Detector
-    "Build and train a detector; those of other papers by the common way."
-    if settings.detector != "gapl": return studies.learn(training, world, settings, folder)
+def begin(training:Training, world, settings:TrainSettings)->GAPL: # on the CPU
+    "The detector as stage 2 finds it."
     torch.manual_seed(settings.seed)
     detector = create("gapl", **dict(settings.options))
     if detector.adapt == "lora" or detector.mapping is not None: start(detector, training, world, settings)
+    return detector
+
+def make(training:Training, world, settings:TrainSettings, folder:Path): # Detector
+    "Build and train a detector; those of other papers by the common way."
+    if settings.detector != "gapl": return studies.learn(training, world, settings, folder)
+    detector = begin(training, world, settings)
     data = data_of(world, training)
     if detector.adapt != "none" or not isinstance(data, pd.DataFrame):
         states = folder/"training" if settings.steps > 5000 else None
