@@ -221,7 +221,7 @@ def from_state(state:Mapping[str, Tensor], # entries by official name
                merged:int|None=None, # times that adapters are in the weights; None: see `times_merged`
                original:Mapping[str, Tensor]|None=None, # pretrained weights by the same names
               )->tuple[GenSign, int]: # in evaluation mode; times that the adapters were in the weights
-    "A detector with official weights."
+    "A detector with official weights, which it takes over without a copy where it can."
     state = {k: v for k, v in unwrap(state).items() if not k.endswith("position_ids")}
     with torch.device("meta"): net = create("gensign", **network_of(state, path, heads))
     _check(net, names := _detector_names(net), state, path)

@@ -187,6 +187,6 @@ class DAIR(nn.Module):
                    )->Tensor: # as `forward`
         "Images with traces on them."
         mode = self.training
-        y = self.eval()(x, how)
-        self.train(mode)
+        try: y = self.eval()(x, how)
+        finally: self.train(mode)
         return ((y.clamp(-1, 1) + 1)*127.5).round()/127.5 - 1 if quantise else y
