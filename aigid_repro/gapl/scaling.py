@@ -129,9 +129,8 @@ def run_study(settings:ScalingSettings, world, seed:int=0, jobs:int|None=None)->
     "Run (or read) every point."
     from aigid_repro.gapl.recipe import ROOMS
     families = world.families()
-    rooms = (*ROOMS, "gapl.scaling")
     work = [(settings.counts, "scaling", scored_point), (settings.frozen_only, "frozen encoder", scored_frozen)]
-    parts = [run_trainings(plan(settings, families, counts, seed), world, rooms, label, function, jobs)
+    parts = [run_trainings(plan(settings, families, counts, seed), world, ROOMS, label, function, jobs)
              for counts, label, function in work if counts]
     t = pd.concat(parts, ignore_index=True)
     t["detector"] = t.which.astype(str)
@@ -261,8 +260,10 @@ def effects(predictions:pd.DataFrame)->pd.DataFrame: # claim, value, low, high, 
                                f"{name}, {first} to {last} generators: accuracy at 0.5 on new photos by the same generators"))
     if not len(shape): return effect_table(rows)
     def grows(value): return at(shape, last, "frozen encoder", value), at(shape, first, "frozen encoder", value)
-    rows += [effect(f"gapl-fig3-scatter-{c}", *grows(f"scatter_{c}"), f"frozen encoder, {first} to {last} generators", "hundredths")
-             for c in ("generated", "real")]
+    for c in ("generated", "real"):
+        pair = grows(f"scatter_{c}")
+        if not pair[0].equals(pair[1]): # the same photographs at every point would prove nothing
+            rows.append(effect(f"gapl-fig3-scatter-{c}", *pair, f"frozen encoder, {first} to {last} generators", "hundredths"))
     for name, short in (("frozen encoder", "frozen"), ("end to end", "end-to-end")):
         left = 100*at(shape, last, name, "fisher")/at(shape, first, name, "fisher") - 100
         note = f"{name}, {first} to {last} generators: change of Fisher's ratio"
