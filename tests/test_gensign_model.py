@@ -172,7 +172,7 @@ def test_files_of_the_reconstructor(dair, tmp_path):
 def test_extractor(golden, tmp_path):
     torch.save({"noiser": filled("esig"), "optimizer_state_dict": {}, "step": 400_000}, tmp_path/"x.pth")
     net, step = cp.load_extractor(tmp_path/"x.pth")
-    assert step == 400_000 and net.sizes == dict(features=64, blocks=8)
+    assert step == 400_000 and net.sizes == dict(features=64, blocks=8, grey=False)
     x, seen = golden["esig.x"], {}
     parts = {"block0": net.blocks[0], "block7": net.blocks[7], "norm": net.norm}
     hooks = [m.register_forward_hook(lambda _, a, y, name=name: seen.__setitem__(name, y)) for name, m in parts.items()]
