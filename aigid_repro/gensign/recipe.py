@@ -82,7 +82,7 @@ def recipe(profile:str, streams:str="both", # or rgb, signature
     else:
         at = PROFILES.index(profile)
         own = dict(streams=streams, crop=(32, 64, 128)[at], dropout=(0., 0., .1)[at], cnn=("small", "small", "b0")[at]) | seen
-        settings = dict(steps=(2, 120, 3000)[at], batch=(4, 16, 64)[at], lr=(2e-3, 2e-3, 1e-3)[at], crop=(32, 64, 128)[at])
+        settings = dict(steps=(2, 200, 3000)[at], batch=(4, 16, 64)[at], lr=(2e-3, 2e-3, 1e-3)[at], crop=(32, 64, 128)[at])
     return common | settings | dict(options=tuple((own | (options or {})).items())) | changes
 
 # %% ../../nbs/gensign/09_recipe.ipynb #07ceb862
