@@ -19,8 +19,8 @@ from ..detect.summary import (GENERATED, SETS, chance, condition, draw_curve, ef
 
 # %% ../../nbs/gensign/12_simulation.ipynb #66bc376e
 AXES = {"share": "share of reconstructed images (p)", "levels": "depth of the reconstructor",
-        "models": "different structures in a training", "kernels": "base kernels K"}
-USUAL = dict(share=.2, levels=3, models=0, kernels=4)
+        "models": "different structures in a training", "kernels": "base kernels K", "rounded": "reconstructions rounded to 8 bits"}
+USUAL = dict(share=.2, levels=3, models=0, kernels=4, rounded=0)
 RGB = "RGB only"
 NEW = "always new"
 
@@ -31,15 +31,16 @@ class SimulationSettings:
     points:tuple=() # (name, ((factor, value), ...), training settings)
 
 SEEDS = {"smoke": 2, "mini": 3, "gpu": 5, "paper": 1}
-_VALUES = dict(share=(0., .1, .3, .5), levels=(1, 2), models=(1, 10, 100), kernels=(1, 2, 8))
+_VALUES = dict(share=(0., .1, .3, .5), levels=(1, 2), models=(1, 10, 100), kernels=(1, 2, 8), rounded=(1,))
 VALUES = {"smoke": dict(share=(0., .5), levels=(1,), models=(1,), kernels=(1,)), "mini": _VALUES,
           "gpu": _VALUES | dict(models=(1, 10, 100, 1000, 10_000)), "paper": _VALUES | dict(models=(10, 100, 1000, 10_000))}
 
-def training_of(profile:str, share:float, levels:int, models:int, kernels:int)->dict: # settings
+def training_of(profile:str, share:float, levels:int, models:int, kernels:int, rounded:int)->dict: # settings
     "One point."
     from aigid_repro.gensign.recipe import recipe
     what = (dict(levels=levels) if levels != USUAL["levels"] else {}) | (dict(kernels=kernels) if kernels != USUAL["kernels"] else {})
-    return recipe(profile, share=share, origin=what, simulation=what | (dict(models=models) if models else {}))
+    only = (dict(models=models) if models else {}) | (dict(quantise=True) if rounded else {})
+    return recipe(profile, share=share, origin=what, simulation=what | only)
 
 def preset(profile:str, **changes)->SimulationSettings:
     "Settings of a profile."
@@ -108,8 +109,9 @@ def figures(predictions:pd.DataFrame)->dict:
     "Curves along each axis."
     import matplotlib.pyplot as plt
     table, printed = by_set(predictions), published()
-    fig, axes = plt.subplots(1, len(AXES), figsize=(13, 3.9), sharey=True)
-    for ax, (axis, title) in zip(axes, AXES.items()):
+    shown = [axis for axis in AXES if len(on_axis(table, axis)[axis].unique()) > 1]
+    fig, axes = plt.subplots(1, len(shown), figsize=(3*len(shown), 3.9), sharey=True)
+    for ax, axis in zip(axes, shown):
         rows = on_axis(table, axis)
         values = sorted(rows[axis].unique(), key=lambda v: v or 10**9) if axis == "models" else sorted(rows[axis].unique())
         rows = rows.assign(place=rows[axis].map({v: i for i, v in enumerate(values)}))
@@ -121,7 +123,7 @@ def figures(predictions:pd.DataFrame)->dict:
         for p in printed[printed.axis == axis].itertuples():
             if p.value in values: ax.plot(values.index(p.value), p.ap, "D", mfc="none", mec="#0072B2", ms=6)
         names = [NEW if axis == "models" and not v else f"{v:.0%}" if axis == "share" else f"{v:g}" for v in values]
-        ax.set_xticks(range(len(values)), names); ax.set_xlabel(title); chance(ax)
+        ax.set_xticks(range(len(values)), names if axis != "rounded" else ["no", "yes"]); ax.set_xlabel(AXES[axis]); chance(ax)
     axes[0].set_ylabel("AP")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return {"figure": fig}
@@ -147,4 +149,5 @@ def effects(predictions:pd.DataFrame)->pd.DataFrame: # claim, value, low, high, 
     fewest = min(points("models") - {0}, default=0)
     if fewest: step("gensign-models", "models", 0, fewest); step("gensign-models-unseen", "models", 0, fewest, "unseen")
     step("gensign-kernels", "kernels", 4, 1)
+    step("gensign-rounded", "rounded", 1, 0)
     return effect_table(rows)
