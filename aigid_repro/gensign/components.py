@@ -44,8 +44,10 @@ def preset(profile:str, **changes)->ComponentSettings:
 
 def plan(settings:ComponentSettings, world, seed:int=0)->list[tuple[dict, Training]]:
     "All trainings."
+    from aigid_repro.gensign.recipe import one_generator
     return [(dict(run=f"{name}, {STREAMS[streams]}, p {share:g}, seed {s}", detector=f"{name}, {STREAMS[streams]}, p {share:g}",
-                  extractor=name, streams=streams, share=share), Training(train, 1000*seed + s))
+                  extractor=name, streams=streams, share=share),
+             Training(train, 1000*seed + s, generators=one_generator(world, 1000*seed + s)))
             for name, streams, share, train in settings.trained for s in range(settings.seeds)]
 
 def run_study(settings:ComponentSettings, world, seed:int=0, jobs:int|None=None)->pd.DataFrame: # predictions

@@ -48,7 +48,9 @@ def preset(profile:str, **changes)->RobustnessSettings:
 
 def plan(settings:RobustnessSettings, world, seed:int=0)->list[tuple[dict, Training]]:
     "All trainings, with the seeds of the ablation."
-    return [(dict(run=f"{name}, seed {s}", detector=name), Training(train, 1000*seed + s))
+    from aigid_repro.gensign.recipe import one_generator
+    return [(dict(run=f"{name}, seed {s}", detector=name),
+             Training(train, 1000*seed + s, generators=one_generator(world, 1000*seed + s)))
             for name, train in settings.trained for s in range(settings.seeds)]
 
 def run_study(settings:RobustnessSettings, world, seed:int=0, jobs:int|None=None)->pd.DataFrame: # predictions

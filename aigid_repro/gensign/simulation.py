@@ -53,7 +53,9 @@ def preset(profile:str, **changes)->SimulationSettings:
 
 def plan(settings:SimulationSettings, world, seed:int=0)->list[tuple[dict, Training]]:
     "All trainings."
-    return [(dict(run=f"{name}, seed {s}", detector=RGB if name == RGB else "GenSign", **dict(factors)), Training(train, 1000*seed + s))
+    from aigid_repro.gensign.recipe import one_generator
+    return [(dict(run=f"{name}, seed {s}", detector=RGB if name == RGB else "GenSign", **dict(factors)),
+             Training(train, 1000*seed + s, generators=one_generator(world, 1000*seed + s)))
             for name, factors, train in settings.points for s in range(settings.seeds)]
 
 def run_study(settings:SimulationSettings, world, seed:int=0, jobs:int|None=None)->pd.DataFrame: # predictions
