@@ -96,7 +96,7 @@ def published()->dict[tuple, float]: # (extractor, streams, share) -> mAP, betwe
 # %% ../../nbs/gensign/11_components.ipynb #d64374d8
 captions = {"figure": "AP, mean over all families but the controls, without (grey) and with (orange) simulated generators in training: "
                       "bars span the seeds; hollow: published, other data",
-            "figure_unseen": "The same on families never trained on",
+            "figure_unseen": "The same on the four families of the set that no study trains on",
             "figure_gains": "Left: what simulated generators add. Right: what an extractor beside the image adds, without (grey) and with "
                             "(orange) them. 95 % intervals over seeds; families never trained on below",
             "table": "AP and accuracy at 0.5 by detector, augmentation and evaluation set, mean over seeds",
@@ -106,6 +106,8 @@ _GREY, _ORANGE = "0.45", "#D55E00"
 def label(extractor:str, streams:str)->str: # of a row
     "A detector in words."
     return "RGB only" if streams == "rgb" else f"RGB + {extractor}" if streams == "both" else f"{extractor} only"
+
+def _names()->list[str]: return [label(x, s) for s in ("both", "signature") for x in EXTRACTORS] + [label(RGB, "rgb")]
 
 def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
     "Detectors by set; gains."
@@ -123,7 +125,7 @@ def _rows(table:pd.DataFrame, place:str):
     "Dots by detector."
     import matplotlib.pyplot as plt
     rows = table[table.set == place].assign(name=lambda t: [label(*v) for v in zip(t.extractor, t.streams)])
-    order, printed = list(dict.fromkeys(rows.name)), published()
+    order, printed = [n for n in _names() if n in set(rows.name)], published()
     fig, ax = plt.subplots(figsize=(7.4, .42*len(order) + 1.5))
     for share, colour, shift in zip(sorted(rows.share.unique()), (_GREY, _ORANGE), (.13, -.13)):
         draw_points(ax, rows[rows.share == share], "name", order, "ap", colour, shift, f"p = {share:g}")
@@ -138,13 +140,13 @@ def figures(predictions:pd.DataFrame)->dict:
     "Detectors; gains."
     import matplotlib.pyplot as plt
     table = by_set(predictions)
-    fig, axes = plt.subplots(2, 2, figsize=(9.6, 6.4), sharex="row", gridspec_kw=dict(wspace=.75))
+    fig, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="row")
     for row, place in zip(axes, ("all", "unseen")):
         found = gains(table, place)
         for ax, what in zip(row, ("augmentation", "extractor")):
             mine = found[found.what == what]
             mine = mine.assign(name=[label(*v) for v in zip(mine.extractor, mine.streams)] if what == "augmentation" else mine.extractor)
-            order = list(dict.fromkeys(mine.name))[::-1]
+            order = [n for n in (_names() if what == "augmentation" else EXTRACTORS) if n in set(mine.name)][::-1]
             for r in mine.itertuples():
                 with_it = what == "augmentation" or r.share > 0
                 place_y = order.index(r.name) + (0 if what == "augmentation" else -.13 if with_it else .13)
@@ -152,7 +154,7 @@ def figures(predictions:pd.DataFrame)->dict:
                             color=_ORANGE if with_it else _GREY)
             ax.set_yticks(range(len(order)), order, fontsize=9); ax.axvline(0, color="0.5", lw=1, zorder=0)
             ax.set_title({"augmentation": "simulated generators add", "extractor": "the extractor adds to RGB"}[what]
-                         + (", unseen families" if place == "unseen" else ""), fontsize=10, fontweight="normal")
+                         + ("" if place == "all" else ",\nthe four families of set unseen"), fontsize=10, fontweight="normal")
             ax.set_xlabel("points of AP")
     return {"figure": _rows(table, "all"), "figure_unseen": _rows(table, "unseen"), "figure_gains": fig}
 
