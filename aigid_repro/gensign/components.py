@@ -10,7 +10,6 @@ __all__ = ['ESIG', 'TEXT', 'SRM', 'DENOISER', 'NOISEPRINT', 'RGB', 'EXTRACTORS',
 # %% ../../nbs/gensign/11_components.ipynb #25ef12e0
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 
 from ..data.storage import InputError
