@@ -157,7 +157,13 @@ def effects(predictions:pd.DataFrame)->pd.DataFrame: # claim, value, low, high, 
     if fewest: step("gensign-models", "models", 0, fewest); step("gensign-models-unseen", "models", 0, fewest, "unseen")
     step("gensign-kernels", "kernels", 4, 1)
     step("gensign-rounded", "rounded", 1, 0)
+    step("gensign-rounded-srm", "rounded", 1, 0, detector=FIXED)
     step("gensign-share-none-srm", "share", .2, 0., detector=FIXED)
+    if 1 in points("rounded"):
+        for end, detector in (("", WHOLE), ("-srm", FIXED)):
+            with_it, without = ap(table, "rounded", 1, detector=detector), ap(table, "share", 0., detector=detector)
+            rows.append(effect(f"gensign-share-rounded{end}", with_it, without,
+                               f"{detector}, a fifth reconstructed and rounded minus none: AP, all generators but the controls"))
     step("gensign-depth-all-srm", "levels", 3, 1, detector=FIXED)
     if fewest: step("gensign-models-srm", "models", 0, fewest, detector=FIXED)
     return effect_table(rows)
