@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ESIG', 'TEXT', 'SRM', 'DENOISER', 'NOISEPRINT', 'RGB', 'EXTRACTORS', 'STREAMS', 'SHARES', 'SEEDS', 'FACTORS',
-           'captions', 'SHORT', 'ComponentSettings', 'preset', 'plan', 'run_study', 'by_set', 'ap', 'gains',
-           'published', 'label', 'tables', 'figures', 'effects']
+           'captions', 'SHORT', 'ComponentSettings', 'preset', 'plan', 'run_study', 'by_set', 'places_of', 'ap',
+           'gains', 'published', 'label', 'tables', 'figures', 'effects']
 
 # %% ../../nbs/gensign/11_components.ipynb #25ef12e0
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -15,7 +16,7 @@ import pandas as pd
 from ..data.storage import InputError
 from ..detect.results import reported
 from ..detect.studies import Training
-from ..detect.summary import (GENERATED, SETS, chance, condition, draw_points, effect, effect_table,
+from ..detect.summary import (SETS, chance, condition, draw_points, effect, effect_table,
                                        family_table, set_table)
 
 # %% ../../nbs/gensign/11_components.ipynb #58aaaf9f
@@ -57,10 +58,16 @@ def run_study(settings:ComponentSettings, world, seed:int=0, jobs:int|None=None)
 # %% ../../nbs/gensign/11_components.ipynb #d92682e2
 FACTORS = "extractor", "streams", "share"
 
-def by_set(predictions:pd.DataFrame)->pd.DataFrame: # one row a run and set: ap, accuracy
-    "Mean over the families of each evaluation set, and over all generated ones (set `all`)."
-    families = family_table(predictions, FACTORS)
-    return set_table(pd.concat([families[families.set.isin(GENERATED)].assign(set="all"), families]))
+def by_set(predictions:pd.DataFrame, factors:Sequence[str]=FACTORS, # that tell runs apart
+           validation:bool=False # also accuracy at the validation threshold
+          )->pd.DataFrame: # one row a run and set: ap, accuracy, perhaps validation_accuracy
+    "Mean over the families of each evaluation set, and over all but the controls (set `all`)."
+    families = family_table(predictions, factors, validation)
+    return set_table(pd.concat([families[~families.set.str.contains("control")].assign(set="all"), families]))
+
+def places_of(table:pd.DataFrame)->list[str]: # of `by_set`
+    "What is looked at; public benchmarks have no set of families that no study trains on."
+    return [p for p in ("all", "unseen") if (table.set == p).any()]
 
 def ap(table:pd.DataFrame, # of `by_set`
        extractor:str, streams:str, share:float, place:str="all")->pd.Series: # in percent, index seed
@@ -117,7 +124,7 @@ def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
     ranks = {n: i for i, n in enumerate(["all", *SETS, *STREAMS, *EXTRACTORS, RGB])}
     out = out.sort_values(by, key=lambda v: v.map(ranks) if v.name != "share" else v, ignore_index=True)
     out["published_ap"] = [printed.get((r.extractor, r.streams, r.share)) if r.set == "all" else None for r in out.itertuples()]
-    both = [gains(table, place).assign(set=place) for place in ("all", "unseen")]
+    both = [gains(table, place).assign(set=place) for place in places_of(table)]
     return {"table": out, "table_gains": pd.concat(both, ignore_index=True)}
 
 def _rows(table:pd.DataFrame, place:str):
@@ -139,8 +146,9 @@ def figures(predictions:pd.DataFrame)->dict:
     "Detectors; gains."
     import matplotlib.pyplot as plt
     table = by_set(predictions)
-    fig, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="row")
-    for row, place in zip(axes, ("all", "unseen")):
+    places = places_of(table)
+    fig, axes = plt.subplots(len(places), 2, figsize=(10, 3.5*len(places)), sharex="row", squeeze=False)
+    for row, place in zip(axes, places):
         found = gains(table, place)
         for ax, what in zip(row, ("augmentation", "extractor")):
             mine = found[found.what == what]
@@ -155,7 +163,7 @@ def figures(predictions:pd.DataFrame)->dict:
             ax.set_title({"augmentation": "simulated generators add", "extractor": "the extractor adds to RGB"}[what]
                          + ("" if place == "all" else ",\nthe four families of set unseen"), fontsize=10, fontweight="normal")
             ax.set_xlabel("points of AP")
-    return {"figure": _rows(table, "all"), "figure_unseen": _rows(table, "unseen"), "figure_gains": fig}
+    return dict(zip(("figure", "figure_unseen"), (_rows(table, p) for p in places))) | {"figure_gains": fig}
 
 # %% ../../nbs/gensign/11_components.ipynb #6b5033a5
 SHORT = {ESIG: "esig", TEXT: "text", SRM: "srm", DENOISER: "denoiser", NOISEPRINT: "noiseprint", RGB: "rgb"}
@@ -174,6 +182,7 @@ def effects(predictions:pd.DataFrame)->pd.DataFrame: # claim, value, low, high, 
         streams = "rgb" if x == RGB else "both"
         rows.append(effect(f"gensign-augmentation-{SHORT[x]}", ap(table, x, streams, high), ap(table, x, streams, low),
                            f"{label(x, streams)}: AP with p {high:g} minus with p {low:g}, all generators but the controls"))
+        if "unseen" not in places_of(table): continue
         rows.append(effect(f"gensign-augmentation-{SHORT[x]}-unseen", ap(table, x, streams, high, "unseen"),
                            ap(table, x, streams, low, "unseen"), f"{label(x, streams)}: the same on families never trained on"))
     gained, before = whole - ap(table, ESIG, "both", low), ap(table, ESIG, "both", low) - ap(table, RGB, "rgb", low)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'captions', 'PLACES', 'GeneralizationSettings', 'preset', 'plan', 'run_study', 'ap_real', 'generator_table',
-           'detector_table', 'ranked', 'tables', 'figures', 'effects']
+           'ranked', 'tables', 'figures', 'effects']
 
 # %% ../../nbs/gensign/16_generalization.ipynb #ff921ab9
 from dataclasses import dataclass, replace
@@ -15,10 +15,9 @@ import pandas as pd
 from ..data.storage import InputError
 from ..detect.evaluation import average_precision, per_generator
 from ..detect.studies import Training
-from ..detect.summary import (GENERATED, SETS, chance, condition, draw_points, effect, effect_table, family_table,
-                                       set_table, validation_ap)
+from ..detect.summary import (GENERATED, SETS, chance, condition, draw_points, effect, effect_table, validation_ap)
 from . import components, robustness
-from .components import ESIG, SRM
+from .components import ESIG, SRM, by_set
 from .robustness import ALONE, CNN, HAND, PLAIN, WHOLE, rival
 
 # %% ../../nbs/gensign/16_generalization.ipynb #090223af
@@ -69,11 +68,6 @@ def generator_table(predictions:pd.DataFrame, detector:str=WHOLE)->pd.DataFrame:
     order = {s: i for i, s in enumerate(dict.fromkeys([*SETS, *out.set]))}
     return out.sort_values(["set", "family"], key=lambda v: v.map(order) if v.name == "set" else v, kind="stable", ignore_index=True)
 
-def detector_table(predictions:pd.DataFrame)->pd.DataFrame: # one row a run and set: ap, accuracy, validation_accuracy
-    "Mean over the families of each evaluation set, and over all generated ones (set `all`)."
-    families = family_table(predictions, validation=True)
-    return set_table(pd.concat([families[~families.set.str.contains("control")].assign(set="all"), families]))
-
 # %% ../../nbs/gensign/16_generalization.ipynb #f3312f26
 captions = {"figure": "GenSign on every generator: AP with generated images positive (dots) and with real images positive (rings), "
                       "bars of one standard error over seeds; colours: evaluation sets",
@@ -91,7 +85,7 @@ def ranked(predictions:pd.DataFrame)->list[str]: # names
 
 def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
     "Generators; detectors."
-    table, by = detector_table(predictions), ["set", "detector"]
+    table, by = by_set(predictions, (), validation=True), ["set", "detector"]
     grouped = table.groupby(by, sort=False)[_VALUES]
     out = grouped.mean().join(grouped.sem().add_suffix("_se")).join(grouped.size().rename("seeds"))
     out["validation_ap"] = out.index.get_level_values("detector").map(validation_ap(predictions))
@@ -112,7 +106,7 @@ def figures(predictions:pd.DataFrame)->dict:
     for name, colour in zip(sets, _COLOURS): ax.plot([], [], "o", color=colour, label=PLACES.get(name, name))
     ax.set_yticks(range(len(rows)), rows.generator, fontsize=8); ax.set_xlabel("AP"); chance(ax, False)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    table, order = detector_table(predictions), ranked(predictions)
+    table, order = by_set(predictions, (), validation=True), ranked(predictions)
     shown = [s for s in ("all", *GENERATED, "bicubic control") if (table.set == s).any()] or list(dict.fromkeys(table.set))
     second, axes = plt.subplots(2, len(shown), figsize=(2.2*len(shown) + 3, .5*len(order) + 2), sharey=True, sharex=True, squeeze=False)
     for j, name in enumerate(shown):
@@ -128,7 +122,7 @@ def figures(predictions:pd.DataFrame)->dict:
 
 def effects(predictions:pd.DataFrame)->pd.DataFrame: # claim, value, low, high, n, unit, note
     "Against the best other network and the best trivial classifier; which class is positive; calibration."
-    table, names = detector_table(predictions), ranked(predictions)
+    table, names = by_set(predictions, (), validation=True), ranked(predictions)
     def of(detector, value="ap", name="all"): return condition(table, value, detector=detector, set=name)
     trivial = [d for d in names if d.endswith("only") and d not in CELLS.values()]
     rows, where = [], "all generators but the controls"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'USUAL', 'RGB', 'WHOLE', 'FIXED', 'NEW', 'SEEDS', 'VALUES', 'captions', 'SimulationSettings', 'training_of',
-           'preset', 'plan', 'run_study', 'by_set', 'on_axis', 'ap', 'published', 'tables', 'figures', 'effects']
+           'preset', 'plan', 'run_study', 'on_axis', 'ap', 'published', 'tables', 'figures', 'effects']
 
 # %% ../../nbs/gensign/12_simulation.ipynb #b76e9f9c
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ import pandas as pd
 from ..data.storage import InputError
 from ..detect.results import reported
 from ..detect.studies import Training
-from ..detect.summary import (GENERATED, SETS, chance, condition, draw_curve, effect, effect_table, family_table,
-                                       set_table, spread)
+from ..detect.summary import SETS, chance, condition, draw_curve, effect, effect_table, spread
+from .components import by_set
 
 # %% ../../nbs/gensign/12_simulation.ipynb #66bc376e
 AXES = {"share": "share of reconstructed images (p)", "levels": "depth of the reconstructor",
@@ -66,11 +66,6 @@ def run_study(settings:SimulationSettings, world, seed:int=0, jobs:int|None=None
     return run_trainings(plan(settings, world, seed), world, "simulation", jobs)
 
 # %% ../../nbs/gensign/12_simulation.ipynb #77d5e169
-def by_set(predictions:pd.DataFrame)->pd.DataFrame: # one row a run and set: ap, accuracy
-    "Mean over the families of each evaluation set, and over all generated ones (set `all`)."
-    families = family_table(predictions, list(USUAL))
-    return set_table(pd.concat([families[families.set.isin(GENERATED)].assign(set="all"), families]))
-
 def on_axis(table:pd.DataFrame, # of `by_set`
             axis:str, detector:str=WHOLE)->pd.DataFrame: # the rows of one axis
     "All points of a detector that differ from the usual one in this alone."
@@ -99,7 +94,7 @@ _NAMES = {"all": "all families but controls", "unseen": "families never trained 
 
 def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
     "All axes."
-    table, parts = by_set(predictions), []
+    table, parts = by_set(predictions, list(USUAL)), []
     for detector, axis in ((d, a) for d in (WHOLE, FIXED) for a in AXES):
         rows = on_axis(table, axis, detector).rename(columns={axis: "value"})
         mean = spread(rows, ["set", "value"]).rename(columns={"runs": "seeds"})
@@ -113,7 +108,7 @@ def tables(predictions:pd.DataFrame)->dict[str, pd.DataFrame]:
 def figures(predictions:pd.DataFrame)->dict:
     "Curves along each axis."
     import matplotlib.pyplot as plt
-    table, printed = by_set(predictions), published()
+    table, printed = by_set(predictions, list(USUAL)), published()
     shown = [axis for axis in AXES if len(on_axis(table, axis)[axis].unique()) > 1]
     fig, axes = plt.subplots(2, len(shown), figsize=(3*len(shown), 6.2), sharey=True)
     for ax, (detector, axis) in zip(axes.flat, ((d, a) for d in (WHOLE, FIXED) for a in shown)):
@@ -136,10 +131,10 @@ def figures(predictions:pd.DataFrame)->dict:
 
 def effects(predictions:pd.DataFrame)->pd.DataFrame: # claim, value, low, high, n, unit, note
     "Steps along the axes."
-    table, rows = by_set(predictions), []
+    table, rows = by_set(predictions, list(USUAL)), []
     def points(axis): return set(on_axis(table, axis)[axis])
     def step(claim, axis, a, b, place="all", detector=WHOLE):
-        if {a, b} <= points(axis):
+        if {a, b} <= points(axis) and (table.set == place).any():
             where = "all generators but the controls" if place == "all" else "families never trained on"
             rows.append(effect(claim, ap(table, axis, a, place, detector), ap(table, axis, b, place, detector),
                                f"{detector}, {axis} {a:g} minus {b:g}: AP, {where}"))

@@ -342,7 +342,10 @@ class Published:
         else: raise InputError(f"images of split {split!r}: known are train and test")
         chosen = pd.concat([pick(g, min(n, len(g)), seed, split) for _, g in t.groupby(["set", "generator", "label"], sort=False)],
                            ignore_index=True)
-        return described(chosen), Decoded(chosen.image.tolist())
+        about = described(chosen)
+        # sweeps of perturbations know the sets of the embedded corpus: what was never trained on, and controls
+        if split == "test": about["set"] = about.label.map({0: "real", 1: "unseen"})
+        return about, Decoded(chosen.image.tolist())
 
 GPU_SIZE = 256 # side of the embedded images, px
 
