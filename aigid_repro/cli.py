@@ -24,25 +24,101 @@ def _assignment(text:str)->tuple[str, object]:
     except (ValueError, SyntaxError): return name, value
 
 # %% ../nbs/cli.ipynb #09f81445
+def _selection(command:argparse.ArgumentParser, jobs:bool=True)->None:
+    "Options that choose items of a profile."
+    command.add_argument("--paper", help="only this paper, such as commfor")
+    command.add_argument("--item", help="only this item, such as fig01_scaling or commfor/fig01_scaling")
+    # the Makefile hands the same selection to both; deriving tables needs one process
+    command.add_argument("--jobs", type=int, help="worker processes (default: as many as there are cores)")
+
+def _detector(command:argparse.ArgumentParser, several:bool=False)->None:
+    "Options that choose a detector and where it runs."
+    command.add_argument("--detector", default=None, action="append" if several else "store", metavar="NAME",
+                         help="demo (default), commfor-224, commfor-384, spai, gapl, gensign, or the folder of a detector trained here"
+                              + (" (may be repeated)" if several else ""))
+    command.add_argument("--weights", metavar="PATH", action="append" if several else "store",
+                         help="official weights: a file, a folder, or 'hub' to fetch them (default: where `aigid weights get` puts them)"
+                              + (" (once for each detector)" if several else ""))
+    command.add_argument("--load", metavar="FILE.py", action="append", default=[],
+                         help="a Python file that registers a detector of your own")
+    command.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    command.add_argument("--precision", default="auto", choices=["auto", "float32", "bf16", "fp16"],
+                         help="auto (default): bf16 for transformers where the processor multiplies it natively, else float32")
+    command.add_argument("--batch-size", type=int, default=0, metavar="N", help="images that go through the network together")
+
+def _scoring(commands)->None:
+    "score and calibrate."
+    text = "score your own images: how likely each of them is generated, in the eyes of one detector"
+    command = commands.add_parser("score", help=text, description=text, epilog="exit codes: 0 every image was scored; 1 some could "
+                                  "not be read (their rows say why); 2 bad input; 130 interrupted (run again to go on)")
+    command.set_defaults(run=_score)
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help="image, folder (searched to its ends), pattern, or CSV file with "
+                         "a column image or path (SPAI's lists, too); relative paths in it start from its folder")
+    _detector(command)
+    command.add_argument("--output", metavar="DIR_OR_FILE", help="folder (scores.csv in it), or a file that ends in .csv or .parquet")
+    command.add_argument("--overwrite", action="store_true", help="replace the scores of another run")
+    command.add_argument("--json", action="store_true", help="one JSON object an image on standard output")
+    command.add_argument("--html", action="store_true", help="a page with thumbnails, too (needs --output)")
+    command.add_argument("--stability", action="store_true", help="score copies saved as JPEG 90 and 75, WebP 80 and at half size; "
+                         "verdicts that flip are 'unsure'")
+    command.add_argument("--as-stored", action="store_true", help="do not turn photographs as EXIF says (official scripts don't)")
+    command.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 100 megapixels)")
+    text = "find threshold and temperature for weights on labelled images of your own, and keep them beside the weights"
+    command = commands.add_parser("calibrate", help=text, description=text)
+    command.set_defaults(run=_calibrate)
+    command.add_argument("inputs", nargs="+", metavar="TABLE", help="CSV file with the columns image and label (1 = generated)")
+    _detector(command)
+
+def _outside(commands)->None:
+    "weights, data and evaluate."
+    text = "official weights: what there is, how to get it, whether it is whole"
+    actions = commands.add_parser("weights", help=text, description=text).add_subparsers(dest="action", required=True, metavar="ACTION")
+    for run, name, said in [(_weights_list, "list", "all official weights, with source, size and licence"),
+                            (_weights_get, "get", "fetch weights, or say how they are fetched by hand"),
+                            (_weights_check, "check", "read weights, compare their hash, size, names, shapes and known outputs")]:
+        command = actions.add_parser(name, help=said, description=said)
+        command.set_defaults(run=run)
+        if name != "list": command.add_argument("name", help="name in the list" + (", or a file" if name == "check" else ""))
+        command.add_argument("--folder", help="where weights lie (default: weights in AIGID_DATA, else in the cache)")
+    text = "public benchmarks: what there is, where to get it, whether a copy is whole"
+    actions = commands.add_parser("data", help=text, description=text).add_subparsers(dest="action", required=True, metavar="ACTION")
+    said = "all benchmarks, with size, licence and source; or one in detail, with its folders"
+    command = actions.add_parser("list", help=said, description=said)
+    command.set_defaults(run=_data_list)
+    command.add_argument("name", nargs="?", help="benchmark")
+    said = "what a folder holds of a benchmark, and what is missing, corrupt or surplus"
+    command = actions.add_parser("check", help=said, description=said)
+    command.set_defaults(run=_data_check)
+    command.add_argument("name", help="benchmark")
+    command.add_argument("root", help="folder that holds it")
+    command.add_argument("--decode", action="store_true", help="decode every image instead of reading its header")
+    text = "score a public benchmark: predictions, and the paper's table beside the published numbers"
+    command = commands.add_parser("evaluate", help=text, description=text)
+    command.set_defaults(run=_evaluate)
+    command.add_argument("--benchmark", required=True, help="name in `aigid data list`, or embedded: the corpus that comes with the kit")
+    command.add_argument("--root", help="folder that holds the benchmark")
+    command.add_argument("--output", required=True, help="folder for predictions and tables")
+    command.add_argument("--protocol", action="append", help="native, matched-jpeg or matched-size (default: all three; may be repeated)")
+    command.add_argument("--limit", type=int, default=0, metavar="N", help="a sample of at most N images of each generator and class")
+    _detector(command, several=True)
+
 def parser()->argparse.ArgumentParser:
     "All commands and options."
     top = argparse.ArgumentParser("aigid", description="Replications of papers on detecting AI-generated images.")
     top.add_argument("--version", action="version", version=f"aigid_repro {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _scoring(commands)
     for run, text in [(_reproduce, "regenerate every table and figure that is out of date, then the report"),
                       (_tables, "derive tables and figures again from saved predictions, say what changed"),
                       (_report, "build results/PROFILE/report.html from what is there")]:
         command = commands.add_parser(run.__name__.lstrip("_"), help=text, description=text)
         command.set_defaults(run=run)
         command.add_argument("--profile", default="mini", help="smoke, mini (default), gpu or paper")
-        if run is _report: continue
-        command.add_argument("--paper", help="only this paper, such as commfor")
-        command.add_argument("--item", help="only this item, such as fig01_scaling or commfor/fig01_scaling")
-        # the Makefile hands the same selection to both; deriving tables needs one process
-        command.add_argument("--jobs", type=int, help="worker processes (default: as many as there are cores)")
-        if run is _tables: continue
+        if run is not _report: _selection(command)
+        if run is not _reproduce: continue
         command.add_argument("-p", dest="parameters", metavar="NAME=VALUE", type=_assignment, action="append",
                              default=[], help="a notebook parameter, such as -p seed=1 (may be repeated)")
+    _outside(commands)
     return top
 
 # %% ../nbs/cli.ipynb #8291254e
@@ -85,6 +161,106 @@ def _tables(args)->int:
     return 1 if differences else 0
 
 # %% ../nbs/cli.ipynb #a33ae21b
+def _say(text:str)->None: print(text, file=sys.stderr, flush=True)
+
+def _device(name:str)->str:
+    "auto, cpu, cuda, cuda:1, ..."
+    import torch
+    if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
+    try: torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e: raise InputError(f"--device {name}: {str(e).splitlines()[0]}; take cpu or auto") from e
+    return name
+
+def _options(args): # -> score.run.Options
+    from aigid_repro.score.files import LIMIT
+    from aigid_repro.score.run import Options
+    if args.batch_size < 0: raise InputError(f"--batch-size is {args.batch_size}; give 1 or more")
+    limit = getattr(args, "max_pixels", None)
+    if limit is not None and limit < 1: raise InputError(f"--max-pixels is {limit}; give 1 or more")
+    return Options(_device(args.device), "no" if args.precision == "float32" else args.precision, args.batch_size, limit or LIMIT,
+                   not getattr(args, "as_stored", False), getattr(args, "stability", False))
+
+def _scorer(args): # -> score.shelf.Scorer
+    from aigid_repro.score.shelf import DEMO, load_file, open_scorer
+    for path in args.load: load_file(path)
+    return open_scorer(args.detector or DEMO, args.weights)
+
+def _score(args)->int:
+    from aigid_repro.score.inputs import entries
+    if args.html and not args.output: raise InputError("--html writes beside the scores; add --output FOLDER")
+    asked = entries(args.inputs)
+    from aigid_repro.score import run
+    scorer, options = _scorer(args), _options(args)
+    _say(run.head(scorer, run.settled(scorer, options)))
+    return (_score_to_file if args.output else _score_to_terminal)(args, scorer, asked, options)
+
+def _json(row:dict)->str:
+    import json
+    import math
+    plain = {k: None if v is None or isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+    return json.dumps(plain, ensure_ascii=False, default=lambda v: v.item() if hasattr(v, "item") else None)
+
+def _score_to_terminal(args, scorer, asked, options)->int:
+    from aigid_repro.score import run
+    faults = 0
+    for row in run.rows(scorer, asked, run.settled(scorer, options)):
+        print(_json(row) if args.json else run.line(row), flush=True)
+        faults += bool(row["error"])
+    return 1 if faults else 0
+
+def _score_to_file(args, scorer, asked, options)->int:
+    from aigid_repro.score import run
+    table, about = run.score_files(scorer, asked, args.output, options, args.overwrite)
+    said = run.summary(table, about)
+    if args.json: print(*map(_json, table.astype(object).where(table.notna(), None).to_dict("records")), sep="\n")
+    path = run.output_file(args.output)
+    _say(f"{said}\nscores: {path}")
+    if args.html:
+        from aigid_repro.score.page import page
+        _say(f"page: {page(table, about, asked, path.with_name('index.html'), scorer, options.limit, said)}")
+    return 1 if about["errors"] else 0
+
+def _calibrate(args)->int:
+    from aigid_repro.score.inputs import entries
+    asked = entries(args.inputs)
+    from aigid_repro.score import run
+    scorer, path = run.calibrate(_scorer(args), asked, _options(args))
+    c = scorer.calibration
+    print(f"threshold {c.threshold:.4f} on the logit, temperature {c.temperature:.3f}, from {c.source}: {path}")
+    return 0
+
+# %% ../nbs/cli.ipynb #3ddd7bcd
+def _weights_list(args)->int:
+    from aigid_repro.public.weights import list_text
+    print(list_text(args.folder))
+    return 0
+
+def _weights_get(args)->int:
+    from aigid_repro.public.weights import get
+    print(get(args.name, args.folder))
+    return 0
+
+def _weights_check(args)->int:
+    from aigid_repro.public.weights import check_text
+    text, code = check_text(args.name, args.folder)
+    print(text)
+    return code
+
+def _data_list(args)->int:
+    from aigid_repro.public.benchmarks import list_text
+    print(list_text(args.name))
+    return 0
+
+def _data_check(args)->int:
+    from aigid_repro.public.benchmarks import check_text
+    text, code = check_text(args.name, args.root, args.decode)
+    print(text)
+    return code
+
+def _evaluate(args)->int:
+    raise InputError("not yet")
+
+# %% ../nbs/cli.ipynb #bcfeb615
 AGAIN = 15 # seconds
 
 def _interrupt(*_):

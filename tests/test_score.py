@@ -1,0 +1,477 @@
+"""Scoring one's own images: every format that people have, damaged files, official numbers, interruption, the command line."""
+
+import csv
+import io
+import json
+import math
+import shutil
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from aigid_repro.cli import main
+from aigid_repro.data.photos import open_photo
+from aigid_repro.data.storage import InputError
+from aigid_repro.detect import networks  # noqa: F401 - registers the network
+from aigid_repro.detect.detector import create, save_detector
+from aigid_repro.score import engine, run
+from aigid_repro.score.files import read_image
+from aigid_repro.score.inputs import Entry, entries
+from aigid_repro.score.shelf import demo_folder, open_scorer
+
+PARITY = Path(__file__).parent/"parity"
+LIMIT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def photo(): return open_photo("051-taj-mahal").crop((200, 100, 520, 340))
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    "A small detector that scores in no time."
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("net")
+    save_detector(create("high-pass-cnn", widths=(4, 8, 8)), folder)
+    return str(folder)
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+# formats
+
+
+FORMATS = {"PNG": {}, "JPEG": dict(quality=95), "WEBP": dict(lossless=True), "AVIF": dict(quality=95), "TIFF": {}, "BMP": {}, "GIF": {},
+           "JPEG2000": {}, "PPM": {}}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_picture(kind, photo):
+    got = read_image(encoded(photo, kind, **FORMATS[kind]))
+    assert got.image.mode == "RGB" and got.format == kind and got.image.size == photo.size
+    limit = 25 if kind == "GIF" else 4 # 256 colours
+    assert np.abs(np.asarray(got.image, float) - np.asarray(photo, float)).mean() < limit
+
+
+def test_heic(photo):
+    heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    heif.from_pillow(photo).save(buffer, quality=90)
+    got = read_image(buffer.getvalue())
+    assert got.format == "HEIF" and np.abs(np.asarray(got.image, float) - np.asarray(photo, float)).mean() < 4
+
+
+def test_progressive_and_ink(photo):
+    assert np.abs(np.asarray(read_image(encoded(photo, "JPEG", quality=95, progressive=True)).image, float) - np.asarray(photo)).mean() < 4
+    ink = read_image(encoded(photo.convert("CMYK"), "JPEG", quality=95))
+    assert ink.mode == "CMYK" and np.abs(np.asarray(ink.image, float) - np.asarray(photo, float)).mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "I;16", "F"])
+def test_every_mode_becomes_eight_bits_of_rgb(mode, photo):
+    grey = np.asarray(photo.convert("L"))
+    image = {"I;16": lambda: Image.fromarray(grey.astype(np.uint16)*257), "F": lambda: Image.fromarray(grey.astype(np.float32)/255),
+             "P": lambda: photo.quantize(256)}.get(mode, lambda: photo.convert(mode))()
+    got = read_image(encoded(image, "TIFF" if mode == "F" else "PNG"))
+    want = np.asarray(photo if mode in ("P", "RGBA") else photo.convert("1" if mode == "1" else "L").convert("RGB"), float)
+    assert got.image.mode == "RGB" and np.abs(np.asarray(got.image, float) - want).mean() < (12 if mode == "P" else .01)
+    assert ("transparency dropped" in got.notes) == (mode in ("LA", "RGBA")) and ("palette" in got.notes) == (mode == "P")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_stand_upright(orientation, photo):
+    from PIL import ImageOps
+    from PIL.ExifTags import Base
+    exif = Image.Exif()
+    exif[Base.Orientation] = orientation
+    data = encoded(photo, "JPEG", exif=exif)
+    with Image.open(io.BytesIO(data)) as stored: want = ImageOps.exif_transpose(stored).convert("RGB")
+    got = read_image(data)
+    assert got.image.size == want.size == (got.width, got.height) and (np.asarray(got.image) == np.asarray(want)).all()
+    assert bool(got.notes) == (orientation > 1) and read_image(data, upright=False).image.size == photo.size
+
+
+def test_animations_show_their_first_frame(photo):
+    for kind in ("GIF", "WEBP", "TIFF", "PNG"):
+        film = encoded(photo, kind, save_all=True, append_images=[Image.new("RGB", photo.size)]*2)
+        assert "first frame" in read_image(film).notes and np.asarray(read_image(film).image).mean() > 30
+
+
+def bomb(width, height):
+    "A PNG of a few hundred bytes whose header claims any size."
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [10_001, 15_000, 2_000_000_000])
+def test_bombs_are_refused_with_the_limit(side):
+    with pytest.raises(InputError, match="limit of 100,000,000 pixels; raise it with --max-pixels"): read_image(bomb(side, side))
+
+
+def test_text_bombs_are_refused(photo):
+    from PIL.PngImagePlugin import PngInfo
+    info = PngInfo()
+    info.add_text("comment", "a"*(80*2**20), zip=True)
+    with pytest.raises(InputError, match="cannot be decoded"): read_image(encoded(photo, "PNG", pnginfo=info))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (3, 2), (9000, 11)])
+def test_any_size_gets_a_score(size, net):
+    rows = list(engine.score(open_scorer(net), [Image.new("RGB", size, "olive")]))
+    assert not rows[0].error and math.isfinite(rows[0].logit)
+
+
+def test_a_hundred_megapixels(net, tmp_path):
+    Image.new("L", (10_000, 10_000)).save(tmp_path/"large.png")
+    row, = engine.score(open_scorer(net), [tmp_path/"large.png"])
+    assert not row.error and (row.width, row.height) == (10_000, 10_000)
+
+
+# damage
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_files_give_a_picture_or_an_error(kind, photo):
+    "Cut off anywhere, bits flipped anywhere: nothing but `InputError` comes out, and never without a reason."
+    rng, whole = np.random.default_rng(zlib.crc32(kind.encode())), encoded(photo.resize((96, 72)), kind, **FORMATS[kind])
+    for i in range(60):
+        data = bytearray(whole)
+        if i % 2: data = data[:int(rng.integers(0, len(data)))]
+        for at in rng.integers(0, max(1, len(data)), int(rng.integers(0, 9))*bool(data)): data[at] ^= 1 << int(rng.integers(8))
+        try: got = read_image(bytes(data), limit=4_000_000)
+        except InputError as e: assert str(e) and "\n" not in str(e)
+        else: assert got.image.mode == "RGB" and got.image.getpixel((0, 0)) is not None
+
+
+def test_a_folder_of_damaged_files_keeps_every_row(photo, net, tmp_path):
+    rng, files = np.random.default_rng(0), tmp_path/"files"
+    files.mkdir()
+    for i in range(40):
+        data = bytearray(encoded(photo.resize((90, 70)), ("PNG", "JPEG", "WEBP")[i % 3]))
+        if i % 4 == 1: data = data[:len(data)//2]
+        if i % 4 == 2:
+            for at in rng.integers(0, len(data), 20): data[at] ^= 255
+        # every fourth file has the name of another format, or none
+        (files/f"{i:02}{('.png', '.jpg', '.webp', '.gif')[(i + i % 4) % 4]}").write_bytes(bytes(data) if i % 10 else b"")
+    table, about = run.score_files(open_scorer(net), entries([files]), tmp_path/"out")
+    assert table.path.tolist() == [str(p) for p in sorted(files.iterdir())] and len(table) == 40
+    assert (table.error.ne("") == table.logit.isna()).all() and (table.error.ne("") == table.verdict.eq("")).all()
+    assert about["errors"] == table.error.ne("").sum() >= 4 and table.error.eq("empty file").sum() == 4
+    assert table.format[3] == "PNG" and table.path[3].endswith(".webp") # by content, not by name
+
+
+def test_a_network_that_fails_costs_only_its_row(net, photo, monkeypatch):
+    scorer, original = open_scorer(net), engine.logits_of
+    def failing(scorer, pixels, *args):
+        if any(v.shape[0] == 77 for v in pixels): raise RuntimeError("no memory left")
+        return original(scorer, pixels, *args)
+    monkeypatch.setattr(engine, "logits_of", failing)
+    rows = list(engine.score(scorer, [photo, photo.crop((0, 0, 90, 77)), photo]))
+    assert [bool(r.error) for r in rows] == [False, True, False] and "no memory left" in rows[1].error
+
+
+# official numbers
+
+
+def fill(shapes):
+    "Weights that follow from their names and shapes, as in the parity packs."
+    state = {}
+    for name, shape in shapes.items():
+        noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+        if name.endswith(("weight", "proj", "kernel")) and len(shape) > 1: noise /= math.sqrt(math.prod(shape[1:]))
+        elif name.endswith("weight"): noise = 1 + .02*noise
+        else: noise *= .02
+        state[name] = torch.from_numpy(noise.astype(np.float32))
+    return state
+
+
+@pytest.mark.parametrize("size", [224, 384])
+def test_community_forensics_like_the_official_script(size, tmp_path):
+    from aigid_repro.commfor.model import CommForViT
+    with torch.device("meta"): shapes = {k: tuple(v.shape) for k, v in CommForViT("small", size).state_dict().items()}
+    save_file(fill(shapes), tmp_path/"model.safetensors")
+    with np.load(PARITY/"commfor"/"checkpoints.npz") as golden:
+        want = [golden[f"small_{size}_testimages_logit"][0, 0], *golden[f"small_{size}_image_logit"][:, 0]]
+    files = [PARITY/"commfor"/f"{n}.png" for n in ("00000845", "image_a", "image_b")]
+    scorer = open_scorer(f"commfor-{size}", tmp_path/"model.safetensors")
+    got = [r.logit for r in engine.score(scorer, files, precision="no")]
+    assert np.abs(np.subtract(got, want)).max() < LIMIT and scorer.attends()
+    with pytest.raises(InputError, match=f"weights for {size} px"):
+        open_scorer(f"commfor-{608 - size}", tmp_path/"model.safetensors")
+
+
+@pytest.fixture
+def spai_weights(tmp_path):
+    with np.load(PARITY/"spai"/"golden_tiny.npz") as f: mask = f["mask"]
+    state = fill(json.loads((PARITY/"spai"/"spec_tiny.json").read_text())) | {"mfvit.frequencies_mask": torch.from_numpy(mask).long()}
+    torch.save({"model": state}, tmp_path/"spai.pth")
+    return tmp_path/"spai.pth"
+
+
+@pytest.fixture
+def four_heads(monkeypatch):
+    "The reduced networks of the parity packs have four heads, which stands in no file."
+    import aigid_repro.gapl.checkpoints as ga
+    import aigid_repro.gensign.checkpoints as ge
+    import aigid_repro.spai.checkpoints as sp
+    for module in (ga, ge, sp): monkeypatch.setattr(module, "load_official", partial(module.load_official, heads=4))
+
+
+def test_spai_like_the_official_command(spai_weights, four_heads, tmp_path, capsys):
+    "A folder and a list, against the files that the official `infer` wrote."
+    folder = tmp_path/"imgs"
+    folder.mkdir()
+    shutil.copy(PARITY/"spai"/"image_70x90.png", folder/"a.png")
+    shutil.copy(PARITY/"spai"/"image_150x200.png", folder/"b.png")
+    (folder/"notes.txt").write_text("no image")
+    with open(PARITY/"spai"/"cli"/"imgs.csv", newline="") as f: want = {r["image"]: float(r["spai"]) for r in csv.DictReader(f)}
+    common = ["--detector", "spai", "--weights", str(spai_weights), "--precision", "float32"]
+    assert main(["score", str(folder), *common, "--output", str(tmp_path/"one.csv")]) == 0
+    table = pd.read_csv(tmp_path/"one.csv")
+    assert [Path(p).name for p in table.path] == [*want] and np.abs(table.score - [*want.values()]).max() < 1e-6
+    shutil.copy(PARITY/"spai"/"cli"/"list_input.csv", folder/"list.csv")
+    with open(PARITY/"spai"/"cli"/"list_output.csv", newline="") as f: rows = [*csv.DictReader(f)]
+    assert main(["score", str(folder/"list.csv"), *common, "--output", str(tmp_path/"two"), "--html"]) == 0
+    table = pd.read_csv(tmp_path/"two"/"scores.csv")
+    assert len(table) == 3 and table.label.tolist() == [1, 0, 0] # all rows as given; the official command takes those of one split
+    table = table[:2]
+    assert table.path.tolist() == [r["image"] for r in rows] and np.abs(table.score - [float(r["mytag"]) for r in rows]).max() < 1e-6
+    assert (tmp_path/"two"/"index.html").read_text().count("attention over patches\"") == 6 # three images, said twice
+
+
+def test_gapl_and_gensign_like_their_own_evaluation(four_heads, tmp_path):
+    "Files in the official form, through the detector's own preprocessing and network, whose parity other tests show."
+    gapl = fill(json.loads((PARITY/"gapl"/"spec_small.json").read_text()))
+    for name, factor in (("cross_attention.in_proj_weight", 12), ("fc.weight", 30)): gapl[name] *= factor # so that images differ
+    with np.load(PARITY/"gapl"/"official_prototypes.npz") as f: prototypes = torch.from_numpy(f["pca_3type_num64"])
+    torch.save({"model": gapl, "prototype": prototypes}, tmp_path/"gapl.pt")
+    state = fill(json.loads((PARITY/"gensign"/"spec_dual_tiny.json").read_text()))
+    state = {k: torch.tensor(0) if k.endswith("num_batches_tracked") else v.abs() + .5 if k.endswith("running_var") else v
+             for k, v in state.items()}
+    torch.save({"model": state}, tmp_path/"gensign.pth")
+    for name, files in (("gapl", sorted((PARITY/"gapl").glob("image_*.png"))), ("gensign", sorted((PARITY/"gensign").glob("img_*.png")))):
+        scorer = open_scorer(name, next(tmp_path.glob(f"{name}.*")))
+        with torch.inference_mode():
+            x = [scorer.detector.preprocess(Image.open(f))[None] for f in files]
+            want = [scorer.detector.eval()(v)[0].item() for v in x]
+        got = [r.logit for r in engine.score(scorer, files, precision="no")]
+        assert np.abs(np.subtract(got, want)).max() < LIMIT and np.ptp(want) > 10*LIMIT, name
+
+
+# runs
+
+
+def many(folder, n, photo):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        x, y = rng.integers(0, 100, 2)
+        photo.crop((x, y, x + 70 + i, y + 80)).save(folder/f"{i:03}.png", compress_level=1)
+    return folder
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_bits(photo, net, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "PART", 8)
+    asked, scorer = entries([many(tmp_path/"images", 30, photo)]), open_scorer(net)
+    whole, _ = run.score_files(scorer, asked, tmp_path/"whole.parquet")
+    original, seen = run.columns, []
+    def stopping(*args):
+        seen.append(args)
+        if len(seen) == 20: raise KeyboardInterrupt
+        return original(*args)
+    monkeypatch.setattr(run, "columns", stopping)
+    with pytest.raises(KeyboardInterrupt): run.score_files(scorer, asked, tmp_path/"again.parquet")
+    assert not (tmp_path/"again.parquet").exists()
+    scored, before = [], engine.logits_of
+    monkeypatch.setattr(run, "columns", original)
+    monkeypatch.setattr(engine, "logits_of", lambda s, pixels, *a: scored.extend(pixels) or before(s, pixels, *a))
+    again, about = run.score_files(scorer, asked, tmp_path/"again.parquet")
+    assert len(scored) == 14 and about["images"] == 30 # two parts were there
+    assert (again.logit == whole.logit).all() and again.path.tolist() == whole.path.tolist()
+    assert sorted(p.name for p in tmp_path.iterdir() if "again" in p.name) == ["again.parquet", "again.run.json"]
+
+
+def test_parts_of_another_run_are_not_taken(photo, net, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "PART", 4)
+    asked, scorer = entries([many(tmp_path/"images", 9, photo)]), open_scorer(net)
+    list(zip(range(1), run.parts(scorer, asked, run.Options(), tmp_path/".x")))
+    assert len(list((tmp_path/".x").glob("*.parquet"))) == 1
+    asked = asked[::-1]
+    assert [p.path.iloc[0] for p in run.parts(scorer, asked, run.Options(), tmp_path/".x")] == [asked[0].path, asked[4].path, asked[8].path]
+
+
+def test_memory_does_not_grow_with_the_number_of_images(net, photo):
+    "Images in flight are few, however many there are."
+    flying, most = set(), []
+    def values():
+        for i in range(400):
+            flying.add(i)
+            yield Image.new("RGB", (64, 64), (i % 256, 0, 0))
+    for i, _ in enumerate(engine.score(open_scorer(net), values(), batch=4)):
+        flying.discard(i)
+        most.append(len(flying))
+    assert len(most) == 400 and max(most) <= 4*4
+
+
+def test_large_images_wait_for_each_other(net):
+    "At most 67 megapixels are on their way at once, besides what the next image needs."
+    taken = []
+    def values():
+        for i in range(6):
+            taken.append(i)
+            yield Image.new("RGB", (7000, 7000)) # 49 megapixels
+    rows = engine.score(open_scorer(net), values(), batch=16)
+    next(rows)
+    rows.close()
+    assert len(taken) <= 3 or engine.TOGETHER < 7000*7000
+
+
+def test_stability_says_unsure_where_a_verdict_flips(net, photo):
+    from dataclasses import replace
+    scorer = open_scorer(net)
+    row = next(engine.score(scorer, [photo], variants=tuple(run.STABILITY.values())))
+    values = sorted([row.logit, *row.variants])
+    assert values[0] < values[-1]
+    between = replace(scorer, calibration=replace(scorer.calibration, threshold=(values[0] + values[-1])/2))
+    below = replace(scorer, calibration=replace(scorer.calibration, threshold=values[0] - 1))
+    assert run.verdict(between, row) == "unsure" and run.verdict(below, row) == "generated"
+    said = run.columns(between, Entry("x", Path("x")), row, run.Options(stability=True))
+    assert said["spread"] > 0 and {f"score_{k}" for k in run.STABILITY} <= {*said}
+
+
+def test_half_precision_states_its_change(tmp_path, photo):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported(): pytest.skip("no bf16 here")
+    torch.manual_seed(0)
+    from aigid_repro.commfor import model  # noqa: F401 - registers the network
+    save_detector(create("commfor-vit", size="mini", image=64, patch=8), tmp_path/"vit")
+    table, about = run.score_files(open_scorer(str(tmp_path/"vit")), entries([many(tmp_path/"images", 12, photo)]), tmp_path/"out")
+    assert about["options"]["precision"] == "bf16" and 0 < about["precision_change"] < .05 and (table.precision == "bf16").all()
+    assert f"by at most {about['precision_change']:.4f}" in run.summary(table, about)
+
+
+# the command line
+
+
+def test_the_demonstration_tells_the_kits_generators_from_photographs(tmp_path, capsys):
+    "Offline, with nothing to find: photographs and decoders that it was not trained on."
+    from aigid_repro.score.demo import test_images
+    t = test_images(12)
+    t = t[t["set"].isin(["real", "systematic"])]
+    for r in t.itertuples(): (tmp_path/f"{r.label}-{r.id.replace('/', '-')}.png").write_bytes(r.image)
+    assert main(["score", str(tmp_path), "--output", str(tmp_path/"out")]) == 0
+    said, table = capsys.readouterr().err, pd.read_csv(tmp_path/"out"/"scores.csv")
+    assert "demonstration" in said and "no evidence" in said and "validation photographs" in table.threshold_source[0]
+    label = table.path.str.contains("/1-")
+    right = (table.verdict == "generated") == label
+    assert right[label].mean() > .8 and right[~label].mean() > .8 and table.probability.between(0, 1).all()
+
+
+def test_the_demonstration_is_small():
+    assert sum(f.stat().st_size for f in demo_folder().iterdir()) < 2_000_000
+    config = json.loads((demo_folder()/"config.json").read_text())
+    assert config["calibration"]["images"] > 500 and "png" in config["measured"] and "demonstration" in config["notice"]
+
+
+def test_json_is_one_object_a_line(photo, net, tmp_path, capsys):
+    folder = many(tmp_path/"images", 3, photo)
+    (folder/"bad.png").write_text("no image")
+    assert main(["score", str(folder), "--detector", net, "--json"]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(r["path"]).name for r in rows] == ["000.png", "001.png", "002.png", "bad.png"]
+    assert rows[3]["score"] is None and rows[3]["error"] and 0 < rows[0]["score"] < 1 and rows[0]["error"] == ""
+    assert main(["score", str(folder), "--detector", net, "--json", "--output", str(tmp_path/"o.parquet")]) == 1
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["logit"] for r in again] == [r["logit"] for r in rows] and len(pd.read_parquet(tmp_path/"o.parquet")) == 4
+
+
+def test_terminal(photo, net, tmp_path, capsys):
+    folder = many(tmp_path/"images", 2, photo)
+    assert main(["score", str(folder/"000.png"), str(folder/"*1.png"), "--detector", net]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and "000.png" in out and "weights" in err and "native size" in err
+    assert main(["score", str(folder), "--detector", net, "--stability", "--html", "--output", str(tmp_path/"o")]) == 0
+    assert (tmp_path/"o"/"index.html").exists() and "spread" in (tmp_path/"o"/"scores.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("words, said", [
+    (["absent.png"], "no such file or folder"), (["IMAGES", "--detector", "resnet"], "unknown detector 'resnet'; known: demo, commfor-224"),
+    (["IMAGES", "--detector", "spai"], "aigid weights get spai"), (["IMAGES", "--html"], "--html writes beside the scores"),
+    (["IMAGES", "--detector", "gapl", "--weights", "absent.pt"], "absent.pt: there is no such file"),
+    (["IMAGES", "--device", "warp"], "--device warp"), (["IMAGES", "--batch-size", "-1"], "--batch-size is -1"),
+    (["IMAGES", "--load", "absent.py"], "absent.py: there is no such file"), (["IMAGES", "--max-pixels", "0"], "--max-pixels is 0")])
+def test_bad_input_is_one_line(photo, tmp_path, monkeypatch, words, said, capsys):
+    monkeypatch.setenv("AIGID_CACHE", str(tmp_path/"cache"))
+    monkeypatch.delenv("AIGID_DATA", raising=False)
+    many(tmp_path/"images", 1, photo)
+    assert main(["score", *(str(tmp_path/"images") if w == "IMAGES" else w for w in words)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.splitlines()[-1].startswith("error: ")
+
+
+def test_another_runs_scores_are_not_overwritten(photo, net, tmp_path, capsys):
+    folder = many(tmp_path/"images", 2, photo)
+    command = ["score", str(folder), "--detector", net, "--output", str(tmp_path/"o.csv")]
+    assert main(command) == 0 and main(command) == 0 # the same run again
+    before = (tmp_path/"o.csv").read_bytes()
+    (folder/"000.png").unlink()
+    assert main(command) == 2 and "--overwrite" in capsys.readouterr().err and (tmp_path/"o.csv").read_bytes() == before
+    assert main([*command, "--overwrite"]) == 0 and len(pd.read_csv(tmp_path/"o.csv")) == 1
+
+
+def test_pixels_limit(photo, net, tmp_path, capsys):
+    folder = many(tmp_path/"images", 2, photo)
+    assert main(["score", str(folder), "--detector", net, "--max-pixels", "100", "--json"]) == 1
+    assert all("limit of 100 pixels" in json.loads(line)["error"] for line in capsys.readouterr().out.splitlines())
+
+
+def test_calibration_travels_with_the_weights(photo, spai_weights, four_heads, tmp_path, capsys):
+    folder = many(tmp_path/"images", 6, photo)
+    (folder/"list.csv").write_text("image,label\n" + "".join(f"{i:03}.png,{i % 2}\n" for i in range(6)))
+    common = ["--detector", "spai", "--weights", str(spai_weights)]
+    assert main(["calibrate", str(folder/"list.csv"), *common]) == 0 and "threshold" in capsys.readouterr().out
+    assert main(["score", str(folder/"list.csv"), *common, "--output", str(tmp_path/"o.csv")]) == 0
+    table = pd.read_csv(tmp_path/"o.csv")
+    assert table.threshold_source.str.contains("6 images given by the user").all() and table.probability.notna().all()
+    side = spai_weights.with_name("spai.pth.calibration.json")
+    side.write_text(json.dumps(json.loads(side.read_text()) | {"weights": "other"}))
+    assert main(["score", str(folder/"list.csv"), *common]) == 2 and "belongs to other weights" in capsys.readouterr().err
+
+
+OWN = '''
+import torch
+from aigid_repro.detect.detector import Detector, Preprocessing, register
+
+@register("brightness")
+class Brightness(Detector):
+    preprocess = Preprocessing(crop=64)
+    def __init__(self, middle:float=.5):
+        super().__init__()
+        self.middle = torch.nn.Parameter(torch.tensor(middle))
+    def forward(self, x): return 9*(x.mean((1, 2, 3)) - self.middle)
+'''
+
+
+def test_a_detector_of_ones_own(tmp_path, capsys):
+    (tmp_path/"own.py").write_text(OWN)
+    from aigid_repro.score.shelf import load_file
+    load_file(tmp_path/"own.py")
+    save_detector(create("brightness"), tmp_path/"mine")
+    for name, value in (("dark", 10), ("bright", 240)): Image.new("RGB", (80, 80), (value,)*3).save(tmp_path/f"{name}.png")
+    command = ["score", str(tmp_path/"*.png"), "--detector", str(tmp_path/"mine"), "--load", str(tmp_path/"own.py"), "--json"]
+    assert main(command) == 0
+    rows = {Path(r["path"]).stem: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert rows["dark"]["verdict"] == "real" and rows["bright"]["verdict"] == "generated"
+    assert abs(rows["bright"]["logit"] - 9*(240/255 - .5)) < 1e-5
