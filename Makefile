@@ -3,6 +3,8 @@ PROFILE ?= mini
 PAPER   ?=
 ITEM    ?=
 JOBS    ?=
+DATA    ?=
+PLAN    ?=
 PYTHON  ?= python3
 BIN     := .venv/bin
 STAMP   := .venv/.installed
@@ -12,7 +14,7 @@ SELECT  := --profile $(PROFILE) $(if $(PAPER),--paper $(PAPER)) $(if $(ITEM),--i
 .PHONY: help setup test reproduce report tables lab clean
 
 help: ## print the targets
-	@echo "make TARGET [PROFILE=smoke|mini|gpu|paper] [PAPER=commfor] [ITEM=fig01_scaling] [JOBS=2]"
+	@echo "make TARGET [PROFILE=smoke|mini|gpu|paper] [PAPER=commfor] [ITEM=fig01_scaling] [JOBS=2] [DATA=/path] [PLAN=1]"
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## make .venv and install the project in it (uv is used where it is present)
@@ -31,7 +33,7 @@ test: setup ## notebooks and package in step, ruff, notebook cells, pytest
 	@$(BIN)/python -m pytest
 
 reproduce: setup ## regenerate every table and figure of the profile, then the report
-	@$(BIN)/python -m aigid_repro reproduce $(SELECT)
+	@$(BIN)/python -m aigid_repro reproduce $(SELECT) $(if $(DATA),--data "$(DATA)") $(if $(PLAN),--plan)
 
 report: setup ## build results/PROFILE/report.html from what is there
 	@$(BIN)/python -m aigid_repro report --profile $(PROFILE)

@@ -79,7 +79,8 @@ def _outside(commands)->None:
         command = actions.add_parser(name, help=said, description=said)
         command.set_defaults(run=run)
         if name != "list": command.add_argument("name", help="name in the list" + (", or a file" if name == "check" else ""))
-        command.add_argument("--folder", help="where weights lie (default: weights in AIGID_DATA, else in the cache)")
+        command.add_argument("--folder", "--to", help="where weights lie (default: weights in AIGID_DATA, else in the cache)")
+        if name == "check": command.add_argument("--images", metavar="FOLDER", help="images with known scores (default: those at hand)")
     text = "public benchmarks: what there is, where to get it, whether a copy is whole"
     actions = commands.add_parser("data", help=text, description=text).add_subparsers(dest="action", required=True, metavar="ACTION")
     said = "all benchmarks, with size, licence and source; or one in detail, with its folders"
@@ -95,11 +96,13 @@ def _outside(commands)->None:
     text = "score a public benchmark: predictions, and the paper's table beside the published numbers"
     command = commands.add_parser("evaluate", help=text, description=text)
     command.set_defaults(run=_evaluate)
-    command.add_argument("--benchmark", required=True, help="name in `aigid data list`, or embedded: the corpus that comes with the kit")
+    command.add_argument("--benchmark", help="name in `aigid data list`; or embedded: the corpus that comes with the kit, where the result "
+                         "stands beside the four papers'")
     command.add_argument("--root", help="folder that holds the benchmark")
     command.add_argument("--output", required=True, help="folder for predictions and tables")
     command.add_argument("--protocol", action="append", help="native, matched-jpeg or matched-size (default: all three; may be repeated)")
     command.add_argument("--limit", type=int, default=0, metavar="N", help="a sample of at most N images of each generator and class")
+    command.add_argument("--tables", action="store_true", help="derive the tables of --output again, without scoring")
     _detector(command, several=True)
 
 def parser()->argparse.ArgumentParser:
@@ -118,16 +121,26 @@ def parser()->argparse.ArgumentParser:
         if run is not _reproduce: continue
         command.add_argument("-p", dest="parameters", metavar="NAME=VALUE", type=_assignment, action="append",
                              default=[], help="a notebook parameter, such as -p seed=1 (may be repeated)")
+        command.add_argument("--data", metavar="DIR", help="profile paper: folder of public data and weights (default: AIGID_DATA)")
+        command.add_argument("--plan", action="store_true", help="profile paper: only say what can run and what is missing")
     _outside(commands)
     return top
 
 # %% ../nbs/cli.ipynb #8291254e
 def _reproduce(args)->int:
-    from aigid_repro.review.reproduce import reproduce
-    rows = reproduce(args.profile, args.paper, args.item, args.jobs, dict(args.parameters))
-    _write_report(args.profile)
+    if args.plan: return _plan(args)
+    from aigid_repro.review.reproduce import exit_code, lacking_text, reproduce
+    rows = reproduce(args.profile, args.paper, args.item, args.jobs, dict(args.parameters), data=args.data)
+    if any(row["status"] in ("done", "up to date", "failed") for row in rows): _write_report(args.profile)
     if any(row["status"] != "up to date" for row in rows): print(_summary(rows))
-    return 2 if any(row["status"] == "failed" for row in rows) else 0
+    if text := lacking_text(rows): print(text)
+    return exit_code(rows)
+
+def _plan(args)->int:
+    if args.profile != "paper": raise InputError("--plan belongs to --profile paper")
+    from aigid_repro.review.requirements import paper_plan, plan_text
+    print(plan_text(paper_plan(None, args.paper, args.item, args.data), args.data))
+    return 0
 
 def _summary(rows:list[dict])->str:
     "What ran, how long and how large, as a table for the terminal."
@@ -242,23 +255,61 @@ def _weights_get(args)->int:
 
 def _weights_check(args)->int:
     from aigid_repro.public.weights import check_text
-    text, code = check_text(args.name, args.folder)
+    text, code = check_text(args.name, args.folder, args.images)
     print(text)
     return code
 
 def _data_list(args)->int:
-    from aigid_repro.public.benchmarks import list_text
-    print(list_text(args.name))
+    from aigid_repro.public.catalogue import list_text
+    print(list_text(args.name or ""))
     return 0
 
 def _data_check(args)->int:
-    from aigid_repro.public.benchmarks import check_text
+    from aigid_repro.public.benchmark_check import check_text
     text, code = check_text(args.name, args.root, args.decode)
     print(text)
     return code
 
+def _scorers(args)->list: # of score.shelf.Scorer
+    "The detectors of `evaluate`, with the weights that were named in the same order."
+    from aigid_repro.score.shelf import DEMO, load_file, open_scorer
+    for path in args.load: load_file(path)
+    names, weights = args.detector or [DEMO], args.weights or []
+    if len(weights) not in (0, len(names)):
+        raise InputError(f"{len(weights)} times --weights for {len(names)} detectors; give it once for each, or not at all")
+    scorers = [open_scorer(*v) for v in zip(names, weights or [None]*len(names))]
+    if len({s.name for s in scorers}) < len(scorers): raise InputError("two of the detectors have one name; rename a folder")
+    return scorers
+
 def _evaluate(args)->int:
-    raise InputError("not yet")
+    from pathlib import Path
+    if args.tables: return _evaluate_again(Path(args.output))
+    if args.benchmark == "embedded": return _evaluate_embedded(args)
+    if not (args.benchmark and args.root):
+        raise InputError("name a --benchmark and the --root folder that holds it (see `aigid data list`)")
+    from aigid_repro.public.benchmarks import place_of
+    place_of(args.benchmark, args.root) # wrong names and folders before anything heavy
+    from aigid_repro.score.evaluate import PROTOCOLS, evaluate, summary_text
+    options, scorers = _options(args), _scorers(args)
+    for scorer in scorers:
+        output = Path(args.output)/scorer.name if len(scorers) > 1 else Path(args.output)
+        evaluate(args.benchmark, args.root, scorer, output, args.protocol or PROTOCOLS, options.device, options.batch, options.precision,
+                 args.limit, say=_say)
+        print(summary_text(output), flush=True)
+    return 0
+
+def _evaluate_again(output)->int:
+    from aigid_repro.score.evaluate import derive, summary_text
+    derive(output)
+    print(summary_text(output))
+    return 0
+
+def _evaluate_embedded(args)->int:
+    from aigid_repro.score.comparison import compare, table_text
+    options = _options(args)
+    table = compare(_scorers(args), args.output, device=options.device, precision=options.precision, batch=options.batch)
+    print(table_text(table))
+    return 0
 
 # %% ../nbs/cli.ipynb #bcfeb615
 AGAIN = 15 # seconds

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'MARKS', 'number', 'column_text', 'table_html', 'interval_svg', 'formula', 'draw_formulas',
-           'render_notebook', 'published_tables', 'report']
+           'render_notebook', 'published_tables', 'across_papers', 'report']
 
 # %% ../../nbs/review/03_report.ipynb #83655c7c
 import base64
@@ -303,6 +303,13 @@ contradicted when none of it does, inconclusive otherwise. Nothing here is writt
 </tr></thead>
 <tbody>{% for c in claims %}{% include "claim" %}{% endfor %}</tbody>
 </table></div>
+{% if across %}
+<h2 id="across">Across papers</h2>
+<p>The papers' own detectors on the same images of the embedded corpus, in per cent (means over seeds). APs are means over generators;
+accused are photographs above a threshold chosen on validation images. A row for another detector:
+<code>aigid evaluate --benchmark embedded --detector NAME --output DIR</code>.</p>
+{{ across|safe }}
+{% endif %}
 {% for paper, name, parts in papers %}
 <h2 id="{{ paper }}">{{ name }}</h2>
 {% for i in parts %}{% include "item" %}{% endfor %}
@@ -400,6 +407,16 @@ def _item_part(item:Item, profile:str, data:str)->dict:
                        tables=[dict(title=t, html=table_html(pd.read_csv(p))) for p, t in tables], facts=_facts(run))
 
 # %% ../../nbs/review/03_report.ipynb #6e4f398f
+def across_papers(profile:str, root:Path)->str: # HTML; empty where no paper has results
+    "The table of all papers' detectors."
+    from aigid_repro.score.comparison import MEASURES, comparison, paper_predictions
+    known = paper_predictions(profile, root/"results")
+    if not len(known): return ""
+    t = comparison(known)
+    about = ["paper", "detector", "trained_on", "seeds"]
+    return table_html((t[about].join((100*t[MEASURES]).round(1))).rename(columns={"trained_on": "trained on"}))
+
+# %% ../../nbs/review/03_report.ipynb #2896904a
 def report(profile:str="mini", # one of the profiles
            root:Path|None=None, # folder that holds data, results and nbs (default: the repository)
            claims:pd.DataFrame|None=None, # what `claims_table` returned, where it is known already
@@ -415,7 +432,7 @@ def report(profile:str="mini", # one of the profiles
     pages = Environment(loader=templates, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = pages.get_template("page").render(
         profile=profile, about=PROFILES[profile], css=_CSS, marks=MARKS, claims=_claim_rows(claims),
-        counts=[(v, counts.get(v, 0)) for v in VERDICTS],
+        counts=[(v, counts.get(v, 0)) for v in VERDICTS], across=across_papers(profile, root),
         papers=[(p, PAPERS.get(p, p), parts) for p, parts in papers.items()])
     path = root/"results"/profile/"report.html"
     with atomic(path) as p: p.write_text(page, encoding="utf8")

@@ -63,7 +63,7 @@ class Scorer:
         return np.ascontiguousarray(pixels)
     def attends(self)->bool:
         "Whether it is a transformer, which half precision makes faster on a CPU."
-        return any("attention" in type(m).__name__.lower() for m in self.detector.modules())
+        return sum("attention" in type(m).__name__.lower() for m in self.detector.modules()) > 1 # one alone is a way to merge
     def key(self)->str: # 16 hexadecimal digits
         "Identity of everything that decides about a score."
         network = self.detector.name, self.detector.settings, self.preprocessing()
