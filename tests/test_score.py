@@ -4,7 +4,10 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 import zlib
 from functools import partial
 from pathlib import Path
@@ -451,28 +454,49 @@ def test_calibration_travels_with_the_weights(photo, spai_weights, four_heads, t
     assert main(["score", str(folder/"list.csv"), *common]) == 2 and "belongs to other weights" in capsys.readouterr().err
 
 
-OWN = '''
-import torch
-from aigid_repro.detect.detector import Detector, Preprocessing, register
-
-@register("brightness")
-class Brightness(Detector):
-    preprocess = Preprocessing(crop=64)
-    def __init__(self, middle:float=.5):
-        super().__init__()
-        self.middle = torch.nn.Parameter(torch.tensor(middle))
-    def forward(self, x): return 9*(x.mean((1, 2, 3)) - self.middle)
-'''
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    "The README's detector in one file, trained as it says, on the smallest corpus."
+    readme = (Path(__file__).parents[1]/"README.md").read_text(encoding="utf8")
+    text = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "@register" in b)
+    folder = tmp_path_factory.mktemp("own")
+    assert 20 <= len(text.splitlines()) <= 30 and 'preset("mini")' in text
+    (folder/"brightness.py").write_text(text.replace('preset("mini")', 'preset("smoke")').replace("steps=50", "steps=5"))
+    subprocess.run([sys.executable, "brightness.py"], cwd=folder, check=True)
+    return folder
 
 
-def test_a_detector_of_ones_own(tmp_path, capsys):
-    (tmp_path/"own.py").write_text(OWN)
-    from aigid_repro.score.shelf import load_file
-    load_file(tmp_path/"own.py")
-    save_detector(create("brightness"), tmp_path/"mine")
+def test_a_detector_of_ones_own_scores(own, tmp_path, capsys):
     for name, value in (("dark", 10), ("bright", 240)): Image.new("RGB", (80, 80), (value,)*3).save(tmp_path/f"{name}.png")
-    command = ["score", str(tmp_path/"*.png"), "--detector", str(tmp_path/"mine"), "--load", str(tmp_path/"own.py"), "--json"]
-    assert main(command) == 0
+    mine = ["--detector", str(own/"brightness"), "--load", str(own/"brightness.py")]
+    assert main(["score", str(tmp_path/"*.png"), *mine, "--json"]) == 0
     rows = {Path(r["path"]).stem: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert rows["dark"]["verdict"] == "real" and rows["bright"]["verdict"] == "generated"
-    assert abs(rows["bright"]["logit"] - 9*(240/255 - .5)) < 1e-5
+    assert rows["dark"]["verdict"] == "real" and rows["bright"]["verdict"] == "generated" and rows["dark"]["detector"] == "brightness"
+    scorer = open_scorer(str(own/"brightness"))
+    assert abs(rows["bright"]["logit"] - 9*(240/255 - scorer.detector.middle.item())) < 1e-5
+
+
+def test_a_detector_of_ones_own_is_evaluated(own, tmp_path, capsys):
+    "On a public benchmark in its own folders: bright images are the generated ones, so everything is right."
+    for kind, value in (("nature", 20), ("ai", 230)):
+        (tmp_path/"GenImage"/"Midjourney"/"val"/kind).mkdir(parents=True)
+        for i in range(4): Image.new("RGB", (90, 90), (value + i,)*3).save(tmp_path/"GenImage"/"Midjourney"/"val"/kind/f"{i}.png")
+    mine = ["--detector", str(own/"brightness"), "--load", str(own/"brightness.py")]
+    assert main(["evaluate", "--benchmark", "GenImage", "--root", str(tmp_path/"GenImage"), *mine, "--output", str(tmp_path/"out")]) == 0
+    said = capsys.readouterr()
+    table = pd.read_csv(tmp_path/"out"/"table.csv")
+    mean = table[(table.level == "mean") & (table.protocol == "native")].iloc[0]
+    assert mean.ap == mean.accuracy == 1 and "Midjourney" in said.out and "format" in said.err
+    assert main(["evaluate", "--output", str(tmp_path/"out"), "--tables"]) == 0 and "Midjourney" in capsys.readouterr().out
+
+
+def test_a_detector_of_ones_own_stands_in_the_table_of_all_papers(own, tmp_path):
+    from aigid_repro.score.comparison import MEASURES, PAPERS, compare, comparison, paper_predictions
+    from aigid_repro.score.shelf import load_file
+    load_file(own/"brightness.py")
+    mine = compare([open_scorer(str(own/"brightness"))], tmp_path/"out", profile="smoke")
+    row = mine[mine.detector == "brightness"].iloc[0]
+    assert row.paper == "yours" and row[MEASURES].between(0, 1).all() and row["AP systematic"] < .9 # brightness tells little
+    assert "brightness" in (tmp_path/"out"/"comparison.md").read_text()
+    papers = comparison(paper_predictions("mini"))
+    assert set(papers.paper) == {name for name, *_ in PAPERS.values()} and papers[MEASURES].notna().all(None)

@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from ..data.storage import InputError
-from ..detect.evaluation import Estimate, auc, average_precision, bootstrap, per_generator
+from ..detect.evaluation import Estimate, average_precision, bootstrap, per_generator
 from ..detect.results import reported
 from ..gensign.world import LENDERS, letters
 from ..public.catalogue import benchmarks, find_benchmark
@@ -92,13 +92,15 @@ def matching(headers:pd.DataFrame, # one row an image: label, width, height, qua
 # %% ../../nbs/score/06_protocols.ipynb #8dd57dc3
 PAPERS = ("commfor", "gapl", "gensign", "spai")
 # items besides those that `public.benchmarks` names -> benchmark, where a column does not say it
-_MORE = {("commfor", "issue7"): "CommunityForensics-Eval", ("gapl", "supp_per_generator"): "", ("gapl", "table9"): "", ("gapl", "table10-11"): "",
-         ("spai", "issue8"): "SPAI", ("spai", "issue13"): "SPAI", ("spai", "replication_scores"): "SPAI"}
-_METRICS = {"mAP": "ap", "AP": "ap", "AUC": "auc", "Acc": "accuracy_half", "accuracy@0.5": "accuracy_half", "mean accuracy": "accuracy_half",
-            "fake_accuracy": "generated_accuracy_half", "real_accuracy": "real_accuracy_half", "recall at 0.5": "generated_accuracy_half",
-            "false positive rate at 0.5": "real_accuracy_half", "accuracy at 0.5": "generated_accuracy_half"}
-_DETECTORS = {"Ours (ViT-S 224)": "commfor-224", "Ours-Highres (ViT-S 384)": "commfor-384", "GAPL (4.7K generators, 550k)": "gapl", "GAPL": "gapl",
-              "GenSign": "gensign", "SPAI": "spai", "released checkpoint": "spai", "released checkpoint, mean over 5 real sources": "spai"}
+_MORE = {("commfor", "issue7"): "CommunityForensics-Eval", ("gapl", "supp_per_generator"): "", ("gapl", "table9"): "",
+         ("gapl", "table10-11"): "", ("spai", "issue8"): "SPAI", ("spai", "issue13"): "SPAI", ("spai", "replication_scores"): "SPAI"}
+_METRICS = {"mAP": "ap", "AP": "ap", "AUC": "auc", "fake_accuracy": "generated_accuracy_half", "real_accuracy": "real_accuracy_half",
+            **dict.fromkeys(("Acc", "accuracy@0.5", "mean accuracy"), "accuracy_half"), # of both classes
+            **dict.fromkeys(("recall at 0.5", "accuracy at 0.5"), "generated_accuracy_half"),
+            "false positive rate at 0.5": "real_accuracy_half"} # one minus it
+_DETECTORS = {"Ours (ViT-S 224)": "commfor-224", "Ours-Highres (ViT-S 384)": "commfor-384", "GAPL (4.7K generators, 550k)": "gapl",
+              "GAPL": "gapl", "GenSign": "gensign", "SPAI": "spai", "released checkpoint": "spai",
+              "released checkpoint, mean over 5 real sources": "spai"}
 # means over some of the generators: GAPL's Table 2 counts 8 + 8 sets; Table 1 of Community Forensics counts only Ojha's own
 _SUBSETS = {("gapl", "ForenSynths"): "progan stylegan stylegan2 stargan gaugan cyclegan biggan deepfake".split(),
             ("gapl", "UniversalFakeDetect"): [*LENDERS], ("commfor", "UniversalFakeDetect"): [*LENDERS]}
@@ -124,20 +126,20 @@ def _place(paper:str, item:str, column:str)->tuple[str, str, str]: # benchmark, 
     return benchmark, *(("generator", LISTS[found].title) if LISTS[found].label else ("source", found))
 
 @cache
-def published()->pd.DataFrame: # benchmark, level (mean, generator, source), name, metric, published (fraction), detector, system, subset, ...
+def published()->pd.DataFrame: # benchmark, level (mean, generator, source), name, metric, published (0 to 1), detector, system, subset, ...
     "Published scores on the benchmarks, in the terms of our tables."
     rows = []
     for paper in PAPERS:
         for r in reported(paper).astype({"column": str}).itertuples():
             key = r.paper.lower(), r.item
-            if key not in _tables()[1] or r.metric not in _METRICS or " vs " in r.row or "pooled" in r.row or " minus " in r.row: continue
+            if key not in _tables()[1] or r.metric not in _METRICS or any(v in r.row for v in (" vs ", "pooled", " minus ")): continue
             benchmark, level, name = _place(*key, r.column)
             if not benchmark: continue
             metric = "ap_real" if r.row == "GenSign" and r.metric in ("AP", "mAP") else _METRICS[r.metric]
             if level == "source": metric = "real_accuracy_half"
             value = 100 - r.value if "false positive" in r.metric else r.value
-            rows.append(dict(benchmark=benchmark, level=level, name=name, metric=metric, published=value/100,
-                             detector=_DETECTORS.get(r.row, ""), system=r.row, subset=_SUBSETS.get((key[0], benchmark), []) if level == "mean" else [],
+            rows.append(dict(benchmark=benchmark, level=level, name=name, metric=metric, published=round(value/100, 6), system=r.row,
+                             detector=_DETECTORS.get(r.row, ""), subset=_SUBSETS.get((key[0], benchmark), []) if level == "mean" else [],
                              paper=key[0], item=r.item, source=r.source, note="" if pd.isna(r.note) else r.note))
     return pd.DataFrame(rows)
 
@@ -152,7 +154,7 @@ class Convention(NamedTuple):
     by_source:bool=False # against each set of real images apart
 
 _PLAIN = Convention(("ap", "accuracy_half"), "each generator against its real images, unweighted mean over generators")
-_MODELS = _PLAIN._replace(said="each model against the real images paired with it, unweighted mean over models (Community Forensics, section 4)")
+_MODELS = _PLAIN._replace(said="each model against the real images paired with it, unweighted mean over models (Community Forensics)")
 CONVENTIONS = {"SPAI": Convention(("auc",), "each generator against each set of real images, mean over sets, then over generators "
                                             "(SPAI, Table 1)", by_source=True),
                "GenImage": _PLAIN._replace(headline=("accuracy_half", "ap"))}
@@ -207,7 +209,7 @@ def table(predictions:pd.DataFrame, # rows of one detector on one benchmark, all
     "A benchmark in numbers."
     how, reals = convention(benchmark), find_benchmark(benchmark).reals
     p = _judged(scored(predictions), reals)
-    if not len(p): raise InputError(f"{benchmark}: no generator with real and generated images that could be read; see `aigid data check`")
+    if not len(p): raise InputError(f"{benchmark}: no generator has real and generated images that could be read; see `aigid data check`")
     pairs = pairs_of(p, threshold) if how.by_source else None
     t = _measure(p, reals, threshold) if pairs is None else _over_sources(pairs)
     worst = t.loc[t.groupby("protocol", sort=False)[how.headline[0]].idxmin()]
@@ -215,27 +217,27 @@ def table(predictions:pd.DataFrame, # rows of one detector on one benchmark, all
     if t.family.nunique() > 1: parts.append(_level(t, "family", "family"))
     if pairs is not None: parts.append(_level(pairs, "real_set", "source"))
     parts += [worst.rename(columns={"generator": "name"}).assign(level="worst"), _level(t.assign(all="mean"), "all", "mean")]
-    order = {v: i for i, v in enumerate(PROTOCOLS)}
-    out = pd.concat(parts, ignore_index=True).sort_values("protocol", key=lambda c: c.map(order), kind="stable", ignore_index=True)
+    out = pd.concat(parts, ignore_index=True)
+    out = out.sort_values("protocol", key=lambda c: c.map(PROTOCOLS.index), kind="stable", ignore_index=True)
     return out[["protocol", "level", "name", "family", *METRICS, "n_real", "n_generated"]].assign(family=out.family.fillna(""))
 
 # %% ../../nbs/score/06_protocols.ipynb #dc89c1ea
 def _by_pair(p:pd.DataFrame)->pd.DataFrame:
     "Every pair of a generator and a set of real images as a generator with real images of its own."
-    made, real = dict(iter(p[p.label == 1].groupby("generator", observed=True))), dict(iter(p[p.label == 0].groupby("real_set", observed=True)))
-    found = [t.assign(generator=f"{g}/{s}", id=t.id.astype(str) + f"/{g}/{s}") for g, a in made.items() for s, b in real.items() for t in (a, b)]
+    made, real = ([*p[p.label == y].groupby(c)] for y, c in ((1, "generator"), (0, "real_set")))
+    found = [t.assign(generator=f"{g}/{s}", id=t.id.astype(str) + f"/{g}/{s}") for g, a in made for s, b in real for t in (a, b)]
     return pd.concat(found, ignore_index=True).assign(crop=lambda t: t.id) # nothing is paired by its crop
 
 def interval(predictions:pd.DataFrame, benchmark:str, protocol:str,
              metric:str, threshold:float=0., # one of METRICS; on the logit
-             n:int=0, seed:int=0, # resamples; 0: 1000, or 200 of more than 20,000 images
+             n:int=0, seed:int=0, # resamples; 0: 1000, or 400 where more than 20,000 rows are compared
             )->Estimate:
     "Mean over generators with its bootstrap interval."
     reals, by_source = find_benchmark(benchmark).reals, convention(benchmark).by_source
     p = _judged(scored(predictions[predictions.protocol == protocol]), reals)[_COLUMNS]
     if by_source: p, reals = _by_pair(p), "paired"
     if metric.endswith("_half"): metric, threshold = metric.removesuffix("_half"), 0.
-    return bootstrap(p, real_positive_ap if metric == "ap_real" else metric, n or (1000 if len(p) <= 20_000 else 200), seed,
+    return bootstrap(p, real_positive_ap if metric == "ap_real" else metric, n or (1000 if len(p) <= 20_000 else 400), seed,
                      reals=reals, cluster="picture", threshold=threshold)
 
 # %% ../../nbs/score/06_protocols.ipynb #c6552bf4
@@ -249,17 +251,16 @@ def _measured(t:pd.DataFrame, r, # table; row of `published`
 
 def compare(t:pd.DataFrame, # of `table`
             benchmark:str, detector:str, # names, such as GenImage and commfor-384
-           )->pd.DataFrame: # same detector first: own, system, level, name, metric, published, one column a protocol, difference, over, ...
-    "Published numbers on a benchmark, beside those measured."
+           )->pd.DataFrame: # own, system, level, name, metric, published, a column for each protocol, difference, over, paper, item, ...
+    "Published numbers on a benchmark beside those measured, those of the same detector first."
     rows, protocols = [], list(dict.fromkeys(t.protocol))
     found = t[t.level == "generator"].name.nunique()
     of = f"{found} of {len(find_benchmark(benchmark).generators) or found}"
     for r in published().query("benchmark == @benchmark").itertuples(index=False):
         values, over = _measured(t, r)
-        rows.append(dict(own=r.detector == detector, system=r.system, level=r.level, name=r.name, metric=r.metric, published=r.published)
-                    | {p: values.get(p, np.nan) for p in protocols}
-                    | dict(difference=values.get("native", np.nan) - r.published, over=over or of*(r.level == "mean"), paper=r.paper, item=r.item, source=r.source, note=r.note))
+        rows.append(r._asdict() | {p: values.get(p, np.nan) for p in protocols} | dict(
+            own=r.detector == detector, difference=values.get("native", np.nan) - r.published, over=over or of*(r.level == "mean")))
     columns = ["own", "system", "level", "name", "metric", "published", *protocols, "difference", "over", "paper", "item", "source", "note"]
-    out = pd.DataFrame(rows, columns=columns)
+    out = pd.DataFrame(rows).reindex(columns=columns).astype({"own": bool})
     # the same detector first, its mean before single generators
     return out.sort_values(["own", "level"], key=lambda c: ~c if c.name == "own" else c != "mean", kind="stable", ignore_index=True)
