@@ -22,12 +22,13 @@ import pandas as pd
 from ..data import corpus as embedded
 from ..data.corpus import CorpusSettings
 from ..data.storage import InputError, digest, report_progress
+from ..detect.hub_generators import FAMILIES as HUB_FAMILIES
 from ..detect.results import reported
 
 # %% ../../nbs/commfor/01_composition.ipynb #affaaadb
 TYPES = {"latent decoder": "LatDiff", "latent flow": "LatDiff", "pixel flow": "PixDiff", "noise flow": "PixDiff",
          "SR-GAN": "GAN", "Real-ESRGAN": "GAN", "VQ-VAE": "Other", "waifu2x": "Other", "style transfer": "Other",
-         "Real-CUGAN": "Other"}
+         "Real-CUGAN": "Other"} | dict.fromkeys(HUB_FAMILIES, "LatDiff")
 ORDER = ["LatDiff", "GAN", "PixDiff", "Other", "Commercial"] # as Table 4 lists them; the last one is only evaluated
 LONG = {"LatDiff": "latent diffusion", "PixDiff": "pixel diffusion"}
 

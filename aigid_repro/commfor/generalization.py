@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.storage import InputError
-from ..detect.studies import Training, run_trainings
+from ..detect.studies import Embedded, Training, run_trainings
 from ..detect.summary import SETS, chance, condition, effect, effect_table, family_table, set_table, validation_ap
 
 # %% ../../nbs/commfor/05_generalization.ipynb #beacdbcb
@@ -80,7 +80,7 @@ def run_networks(settings:GeneralizationSettings, world, seed:int=0, jobs:int|No
 def run_study(settings:GeneralizationSettings, world, seed:int=0, jobs:int|None=None)->pd.DataFrame: # predictions of all
     "The networks, and on the embedded corpus the trivial classifiers."
     parts = [run_networks(settings, world, seed, jobs)]
-    if world.kind == "embedded":
+    if isinstance(world, Embedded):
         from aigid_repro.detect.audit import run_trivial
         parts.append(run_trivial(world, settings.seeds, seed))
     return pd.concat(parts, ignore_index=True)

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from .community_forensics import (REPOSITORIES, Repository, check, check_labels, image_fault, local_files, model_counts,
                                         read_blocks, score_public, select_real, shard_content, shards)
 from ..data.storage import InputError, atomic, cache_dir, digest, report_progress, root, source_hash
-from .studies import Training, embedded, public_folder, world_kind
+from .extended_world import extended
+from .studies import Training, public_folder, world_kind
 from .sweeps import worker_count
 
 # %% ../../nbs/detect/17_community_world.ipynb #721441ac
@@ -353,10 +354,10 @@ class Public:
         return t.assign(source=t.source + " " + t.id, crop=t.model)[IMAGE_COLUMNS].reset_index(drop=True), decode(t)
 
 # %% ../../nbs/detect/17_community_world.ipynb #22cc2ab7
-def world(profile:str, # smoke, mini, gpu: the embedded corpus; paper: the public data
+def world(profile:str, # smoke, mini, gpu: the embedded corpus, or the extended one; paper: the public data
           **changes): # fields of the world
     "The world of a profile; missing public data is an error that names it."
-    if profile != "paper": return embedded(profile, **changes)
+    if profile != "paper": return extended(profile, **changes)
     found = Public(**changes)
     found.key() # needs all files
     return found

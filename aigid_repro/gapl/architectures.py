@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..data.storage import InputError
 from ..detect.evaluation import per_generator
-from ..detect.studies import Training, run_trainings
+from ..detect.studies import Embedded, Training, run_trainings
 from ..detect.summary import (GENERATED, SETS, chance, condition, draw_points, effect, effect_table, family_table, set_table,
                                         validation_ap)
 
@@ -67,7 +67,7 @@ def run_study(settings:ArchitectureSettings, world, seed:int=0, jobs:int|None=No
     "Trained detectors; trivial ones on the embedded corpus, released weights on the public data."
     from aigid_repro.detect.audit import run_trivial
     parts = [run_networks(settings, world, seed, jobs)]
-    parts += [run_trivial(world, settings.seeds, seed)] if world.kind == "embedded" else run_released(world)
+    parts += [run_trivial(world, settings.seeds, seed)] if isinstance(world, Embedded) else run_released(world)
     return pd.concat(parts, ignore_index=True).drop(columns="role", errors="ignore")
 
 # %% ../../nbs/gapl/09_architectures.ipynb #ae7ffe84

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..data.storage import InputError
 from ..detect.evaluation import average_precision, per_generator
-from ..detect.studies import Training
+from ..detect.studies import Embedded, Training
 from ..detect.summary import (GENERATED, SETS, chance, condition, draw_points, effect, effect_table, validation_ap)
 from . import components, robustness
 from .components import ESIG, SRM, by_set
@@ -46,7 +46,7 @@ def run_study(settings:GeneralizationSettings, world, seed:int=0, jobs:int|None=
     from aigid_repro.detect.audit import run_trivial
     from aigid_repro.gensign.recipe import run_trainings
     parts = [run_trainings(plan(settings, world, seed), world, "main table", jobs)]
-    if world.kind == "embedded": parts.append(run_trivial(world, settings.seeds, seed))
+    if isinstance(world, Embedded): parts.append(run_trivial(world, settings.seeds, seed))
     return pd.concat(parts, ignore_index=True).drop(columns="role", errors="ignore")
 
 # %% ../../nbs/gensign/16_generalization.ipynb #48cc0946

@@ -27,7 +27,8 @@ from PIL import Image
 
 from ..data.records import CLASS_FOLDERS, COLUMNS, IMAGE_SUFFIXES, SPLIT_FOLDERS, open_image
 from ..data.storage import InputError, atomic, cache_dir, digest, report_progress, root, source_hash
-from ..detect.studies import Training, embedded, pick, public_folder, world_kind
+from ..detect.extended_world import extended
+from ..detect.studies import Training, pick, public_folder, world_kind
 from ..detect.sweeps import worker_count
 
 # %% ../../nbs/gensign/10_world.ipynb #169def69
@@ -349,10 +350,10 @@ class Published:
 
 GPU_SIZE = 256 # side of the embedded images, px
 
-def world(profile:str, # smoke, mini, gpu: the embedded corpus; paper: the public data
+def world(profile:str, # smoke, mini, gpu: the embedded corpus, or the extended one; paper: the public data
           **changes): # fields of the world
     "The world of a profile; without public data, an error that says where to put it."
-    if profile != "paper": return embedded(profile, **({"size": GPU_SIZE} if profile == "gpu" else {}) | changes)
+    if profile != "paper": return extended(profile, alone=True, **({"size": GPU_SIZE} if profile == "gpu" else {}) | changes)
     found = Published(**changes)
     found.key() # needs a training set and a benchmark
     return found

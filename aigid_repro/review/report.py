@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..data import storage
 from ..data.storage import InputError, atomic, file_hash
-from ..detect.results import Item, items, read_run, reported
+from ..detect.results import Item, items, read_run, reported, results_name
 from .claims import VERDICTS, claims_table
 from .reproduce import PROFILES, data_stamp, outdated
 
@@ -410,7 +410,7 @@ def _item_part(item:Item, profile:str, data:str)->dict:
 def across_papers(profile:str, root:Path)->str: # HTML; empty where no paper has results
     "The table of all papers' detectors."
     from aigid_repro.score.comparison import MEASURES, comparison, paper_predictions
-    known = paper_predictions(profile, root/"results")
+    known = paper_predictions(results_name(profile), root/"results")
     if not len(known): return ""
     t = comparison(known)
     about = ["paper", "detector", "trained_on", "seeds"]
@@ -434,6 +434,6 @@ def report(profile:str="mini", # one of the profiles
         profile=profile, about=PROFILES[profile], css=_CSS, marks=MARKS, claims=_claim_rows(claims),
         counts=[(v, counts.get(v, 0)) for v in VERDICTS], across=across_papers(profile, root),
         papers=[(p, PAPERS.get(p, p), parts) for p, parts in papers.items()])
-    path = root/"results"/profile/"report.html"
+    path = root/"results"/results_name(profile)/"report.html"
     with atomic(path) as p: p.write_text(page, encoding="utf8")
     return path

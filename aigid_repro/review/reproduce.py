@@ -29,7 +29,7 @@ import psutil
 
 from ..data.storage import InputError, atomic, cache_dir, digest, explain, file_hash, package_dir, source_hash
 from ..data.storage import root as repository
-from ..detect.results import Item, find_items, provenance, read_run
+from ..detect.results import Item, find_items, own_photos, provenance, read_run, results_name
 
 # %% ../../nbs/review/01_reproduce.ipynb #4bcb8735
 PROFILES = {"smoke": "toy size, for tests: the numbers mean nothing",
@@ -119,8 +119,13 @@ def stamp(item:Item, # what is to be run
          )->str: # 16 hexadecimal digits
     "Hash of everything that can change an item's results."
     code = [[c["metadata"].get("tags", []), "".join(c["source"])] for c in code_cells(item.notebook)]
-    own = paper_data(item)
-    return digest(code, _room_stamp(item.module), data or data_stamp(item.root), parameters, *([own] if own else []))
+    more = [paper_data(item), _own_photos(parameters.get("profile", ""))]
+    return digest(code, _room_stamp(item.module), data or data_stamp(item.root), parameters, *(m for m in more if m))
+
+def _own_photos(profile:str)->str: # empty on the embedded corpus
+    if not own_photos(profile): return ""
+    from aigid_repro.detect.extended_world import stamp as photos
+    return photos(profile)
 
 # %% ../../nbs/review/01_reproduce.ipynb #4e059626
 def outdated(item:Item, # an item
@@ -398,7 +403,7 @@ def reproduce(profile:str="mini", # one of PROFILES
             from aigid_repro.review.requirements import paper_plan, plan_text
             print(plan_text(plan := paper_plan(root, paper, item)), end="\n\n", flush=True)
             plans = {p["item"]: p for p in plan.to_dict("records")}
-        with lock(chosen[0].root/"results"/profile):
+        with lock(chosen[0].root/"results"/results_name(profile)):
             for i in chosen: rows.append(_bring_up_to_date(i, given, jobs, shipped, plans.get(i.key)))
     return rows
 

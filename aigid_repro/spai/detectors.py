@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.storage import InputError
-from ..detect.studies import Training, run_trainings
+from ..detect.studies import Embedded, Training, run_trainings
 from ..detect.summary import GENERATED, SETS, effect, effect_table, validation_ap
 from .lists import over_sources, pairs, pooled
 
@@ -59,7 +59,7 @@ def run_study(settings:DetectorSettings, world, seed:int=0, jobs:int|None=None)-
     from aigid_repro.spai.frozen import scored
     from aigid_repro.spai.recipe import ROOMS
     parts = [run_trainings(plan(settings, world, seed), world, ROOMS, "detectors", scored, jobs)]
-    parts += [run_trivial(world, settings.seeds, seed)] if world.kind == "embedded" else run_released(world)
+    parts += [run_trivial(world, settings.seeds, seed)] if isinstance(world, Embedded) else run_released(world)
     return pd.concat(parts, ignore_index=True).drop(columns="role", errors="ignore")
 
 # %% ../../nbs/spai/12_detectors.ipynb #cb79b563
