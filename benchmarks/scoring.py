@@ -30,7 +30,7 @@ from aigid_repro.score.shelf import Scorer, know, open_scorer
 CLIP = dict(width=1024, layers=24, heads=16, mlp=4096, image=224, patch=14)
 NETWORKS = {"commfor-224": ("commfor-vit", dict(size="small", image=224)), "commfor-384": ("commfor-vit", dict(size="small", image=384)),
             "spai": ("spai", {}), "gapl": ("gapl", dict(encoder="clip", weights="", options=[*CLIP.items()])),
-            "gensign": ("gensign", dict(rgb="clip", weights="", cnn="b0", options=[*CLIP.items()]))}
+            "gensign": ("gensign", dict(rgb="clip", weights="", cnn="b0", crop=256, options=[*CLIP.items()]))}
 
 
 def scorer_of(name:str)->Scorer:
@@ -84,7 +84,7 @@ def compare(name:str, side:int, paths:list[Path], precision:str, rounds:int)->No
     batch = engine.BATCH
     prepared = [engine.prepare(scorer, p).pixels[0] for p in paths[:batch]]
     if name == "spai":
-        views = [v[0] for p in prepared for v in scorer.detector.cut(torch.from_numpy(p).permute(2, 0, 1)[None])]
+        views = [v[0] for p in prepared for v in scorer.detector.cut(torch.from_numpy(p.copy()).permute(2, 0, 1)[None])]
         x = torch.stack(views[:scorer.detector.at_a_time]).float()/255
         plain_images = len(x)/(len(views)/len(prepared)) # images that these patches stand for
     else:
@@ -107,7 +107,8 @@ def compare(name:str, side:int, paths:list[Path], precision:str, rounds:int)->No
     against = (f"plain {rate['plain']:8.2f}  network/plain {statistics.median(np.divide(seconds['plain'], seconds['network'])):5.2f}  "
                f"all/plain {statistics.median(np.divide(seconds['plain'], seconds['all'])):5.2f}") if "plain" in rate else ""
     shares = ", ".join(f"{k} {v:4.0%}" for k, v in share.items())
-    print(f"{name:12} {side:5} px {precision:5} {rate['all']:8.2f} images/s  ({shares})  alone {rate['network']:8.2f}  {against}", flush=True)
+    print(f"{name:12} {side:5} px {precision:5} {rate['all']:8.2f} images/s  ({shares})  alone {rate['network']:8.2f}  {against}",
+          flush=True)
 
 
 def memory(n:int, folder:Path)->None:
