@@ -8,6 +8,7 @@ __all__ = ['AGAIN', 'parser', 'main']
 # %% ../nbs/cli.ipynb #e6856986
 import argparse
 import ast
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -93,6 +94,12 @@ def _outside(commands)->None:
     command.add_argument("name", help="benchmark")
     command.add_argument("root", help="folder that holds it")
     command.add_argument("--decode", action="store_true", help="decode every image instead of reading its header")
+    said = "fetch what the hub has of a benchmark, as far as a program can"
+    command = actions.add_parser("get", help=said, description=said)
+    command.set_defaults(run=_data_get)
+    command.add_argument("name", help="benchmark")
+    command.add_argument("root", help="folder that is to hold it")
+    command.add_argument("--limit", type=int, metavar="N", help="at most N files")
     text = "score a public benchmark: predictions, and the paper's table beside the published numbers"
     command = commands.add_parser("evaluate", help=text, description=text)
     command.set_defaults(run=_evaluate)
@@ -133,7 +140,7 @@ def _reproduce(args)->int:
     rows = reproduce(args.profile, args.paper, args.item, args.jobs, dict(args.parameters), data=args.data)
     if any(row["status"] in ("done", "up to date", "failed") for row in rows): _write_report(args.profile)
     if any(row["status"] != "up to date" for row in rows): print(_summary(rows))
-    if text := lacking_text(rows): print(text)
+    if text := lacking_text(rows, data=args.data, paper=args.paper, item=args.item): print(text)
     return exit_code(rows)
 
 def _plan(args)->int:
@@ -180,14 +187,15 @@ def _device(name:str)->str:
     "auto, cpu, cuda, cuda:1, ..."
     import torch
     if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    try: torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e: raise InputError(f"--device {name}: {str(e).splitlines()[0]}; take cpu or auto") from e
+    try: torch.ones(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise InputError(f"--device {name}: {str(e).splitlines()[0]}; take cpu or auto") from e
     return name
 
 def _options(args): # -> score.run.Options
     from aigid_repro.score.files import LIMIT
     from aigid_repro.score.run import Options
-    if args.batch_size < 0: raise InputError(f"--batch-size is {args.batch_size}; give 1 or more")
+    if args.batch_size < 0: raise InputError(f"--batch-size is {args.batch_size}; give 1 or more, or 0 for as many as fit")
     limit = getattr(args, "max_pixels", None)
     if limit is not None and limit < 1: raise InputError(f"--max-pixels is {limit}; give 1 or more")
     return Options(_device(args.device), "no" if args.precision == "float32" else args.precision, args.batch_size, limit or LIMIT,
@@ -216,13 +224,21 @@ def _json(row:dict)->str:
 def _score_to_terminal(args, scorer, asked, options)->int:
     from aigid_repro.score import run
     faults = 0
-    for row in run.rows(scorer, asked, run.settled(scorer, options)):
-        print(_json(row) if args.json else run.line(row), flush=True)
-        faults += bool(row["error"])
+    options = run.settled(scorer, options)
+    if change := run.change_text(run.precision_change(scorer, asked, options)): _say(f"note: {change}")
+    try:
+        for row in run.rows(scorer, asked, options):
+            print(_json(row) if args.json else run.line(row), flush=True)
+            faults += bool(row["error"])
+    except KeyboardInterrupt:
+        _say("interrupted; with --output a run can be continued")
+        return 130
     return 1 if faults else 0
 
 def _score_to_file(args, scorer, asked, options)->int:
     from aigid_repro.score import run
+    if any(os.path.exists(v) and os.path.realpath(v) == os.path.realpath(run.output_file(args.output)) for v in args.inputs):
+        raise InputError(f"{args.output}: is one of the inputs; choose another name")
     table, about = run.score_files(scorer, asked, args.output, options, args.overwrite)
     said = run.summary(table, about)
     if args.json: print(*map(_json, table.astype(object).where(table.notna(), None).to_dict("records")), sep="\n")
@@ -230,7 +246,7 @@ def _score_to_file(args, scorer, asked, options)->int:
     _say(f"{said}\nscores: {path}")
     if args.html:
         from aigid_repro.score.page import page
-        _say(f"page: {page(table, about, asked, path.with_name('index.html'), scorer, options.limit, said)}")
+        _say(f"page: {page(table, about, asked, path.with_suffix('.html'), scorer, options.limit, said)}")
     return 1 if about["errors"] else 0
 
 def _calibrate(args)->int:
@@ -269,6 +285,11 @@ def _data_check(args)->int:
     text, code = check_text(args.name, args.root, args.decode)
     print(text)
     return code
+
+def _data_get(args)->int:
+    from aigid_repro.public.benchmark_check import get
+    for path in get(args.name, args.root, args.limit): print(path)
+    return 0
 
 def _scorers(args)->list: # of score.shelf.Scorer
     "The detectors of `evaluate`, with the weights that were named in the same order."
@@ -326,6 +347,10 @@ def main(arguments:Sequence[str]|None=None, # words after the command's name; No
     before = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     try: return args.run(args)
     except InputError as e: print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+    except BrokenPipeError: # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as e: print(f"error: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; run the same command to continue", file=sys.stderr)
         return 130

@@ -9,6 +9,14 @@ from aigid_repro.data import storage
 from aigid_repro.review.reproduce import reproduce
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_surroundings():
+    "What the user of this machine has set counts for no test; the session's own fixtures run items, too."
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AIGID_PHOTOS", "AIGID_GENERATORS", "AIGID_DATA"): patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "A miniature project that has not been run; its own cache."

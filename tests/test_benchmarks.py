@@ -365,6 +365,30 @@ def test_the_same_twice(copy):
     with refused("GenImage and gen image are both GenImage"): check("GenImage", place.parent)
 
 
+def test_a_link_upward_is_not_followed(copy):
+    place = copy("GenImage")
+    before = len(records("GenImage", place))
+    (place/"BigGAN").mkdir(exist_ok=True)
+    for link, goal in ((place/"again", place), (place/"BigGAN/up", place.parent), (place/"BigGAN/self", place/"BigGAN")):
+        link.symlink_to(goal, target_is_directory=True)
+    assert len(records("GenImage", place)) == before
+
+
+def test_a_link_to_elsewhere_is_followed(copy, tmp_path):
+    place = copy("Synthbuster")
+    shutil.move(place/"RAISE", tmp_path/"elsewhere")
+    (place/"RAISE").symlink_to(tmp_path/"elsewhere", target_is_directory=True)
+    assert (records("Synthbuster", place).label == 0).sum() == SHARED
+
+
+def test_the_deepest_class_folder_counts(tmp_path):
+    "As in `data.records`: what stands above it may be anything."
+    from aigid_repro.data.records import from_folders
+    for y, name in enumerate(("0_real", "1_fake")): pictures(tmp_path/"ForenSynths/test/biggan/fake"/name, 1 + y)
+    ours, kit = records("ForenSynths", tmp_path), from_folders(tmp_path/"ForenSynths")
+    assert ours.label.value_counts().to_dict() == kit.label.value_counts().to_dict() == {0: 1, 1: 2}
+
+
 # ---- lists
 
 def test_lists(made, copy, listed):
@@ -393,8 +417,23 @@ def test_lists_with_faults(copy, listed):
     assert found.problems[["name", "problem"]].to_numpy().tolist() == [["coco", "unreadable"]]
     assert found.surplus == ["mine.csv: not one of the 18 lists"] and any("images are missing" in n for n in found.notes)
     faults = usable("SPAI", place).faults
-    assert set(faults) == {"SD3", "Flux", "Glide"} and faults["SD3"] == "no list" and "1 of 2 images are missing" in faults["Flux"]
+    assert set(faults) == {"SD3", "Flux: files", "Glide"} and faults["SD3"] == "no list"
+    assert faults["Flux: files"] == "1 of 2 images are missing, the first is images/flux/0.png"
+    assert not any(str(place.parent) in f for f in faults.values()) and faults["Glide"].startswith("lists/glide.csv: rows")
+    t = records("SPAI", place)
+    validate(t)
+    assert (t.generator == "Flux").sum() == N - 1 and (t.real_set == "coco").sum() == SHARED
     assert check_text("SPAI", place)[1] == 1
+
+
+def test_a_list_without_one_real_image_or_without_any(copy):
+    place = copy("SPAI")
+    (place/"images/raise/1.jpg").unlink(), shutil.rmtree(place/"images/fodb")
+    found = usable("SPAI", place)
+    assert found.faults == {"raise: files": "1 of 3 images are missing, the first is images/raise/1.jpg",
+                            "fodb": "3 of 3 images are missing, the first is images/fodb/0.jpg"}
+    assert found.records.real_set.value_counts().drop("").to_dict() == dict(coco=3, imagenet=3, openimages=3, **{"raise": 2})
+    assert check("SPAI", place).status.startswith("incomplete")
 
 
 # ---- parquet files
@@ -503,6 +542,7 @@ def test_audit_of_parquet_rows(tmp_path):
 # ---- fetching
 
 def test_get(monkeypatch, tmp_path):
+    assert "aigid data get CommunityForensics-Eval DIR" in about_text("CompEval") and "data get" not in about_text("GenImage")
     asked = []
     monkeypatch.setattr(cf, "download", lambda *a: asked.append(a) or [])
     for name in ("CompEval", "PublicEval", "Small"): get(name, tmp_path, 1)

@@ -57,7 +57,7 @@ def test_bad_input_is_one_line(project, at_home, words, said, capsys):
 
 
 def test_interruption_is_one_line(project, at_home, monkeypatch, capsys):
-    def stop(*_): raise KeyboardInterrupt
+    def stop(*_, **__): raise KeyboardInterrupt
     at_home(project)
     monkeypatch.setattr("aigid_repro.review.reproduce.reproduce", stop)
     assert main(["reproduce"]) == 130

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,9 +18,11 @@ from PIL import Image
 from aigid_repro.data.storage import InputError
 from aigid_repro.detect.detector import Detector, create, register
 from aigid_repro.detect.evaluation import check_predictions
+from aigid_repro.public.catalogue import Entry, Generator, find_benchmark
 from aigid_repro.score import evaluate as module
 from aigid_repro.score.calibration import Calibration
-from aigid_repro.score.evaluate import derive, evaluate, summary_text
+from aigid_repro.score.comparison import compare as compare_embedded
+from aigid_repro.score.evaluate import checkpoint, counts, derive, evaluate, incomplete, summary_text
 from aigid_repro.score.protocols import PROTOCOLS, Matching, compare, published
 from aigid_repro.score.shelf import Scorer
 
@@ -121,10 +125,13 @@ def test_files_say_what_was_run(synthbuster, tmp_path):
     assert set(files) == {"audit", "predictions", "run", "table", "published", "page"}
     assert notes["benchmark"] == "Synthbuster" and notes["weights"] == "toy.pt" and notes["threshold_source"] == "a test"
     assert notes["missing"]["glide"] == "no folder" and len(notes["missing"]) == 7 and "python" in notes["versions"]
-    assert notes["found"][0] == dict(name="dalle2", kind="generator", generated=4, real=0, expected=1000, short=True)
-    assert notes["found"][-1] == dict(name="RAISE-1k", kind="real set", generated=0, real=4, expected=1000, short=True)
+    assert notes["found"][0] == dict(name="dalle2", kind="generator", generated=4, real=0, expected_generated=1000, expected_real=0,
+                                     short=True)
+    assert notes["found"][-1] == dict(name="RAISE-1k", kind="real set", generated=0, real=4, expected_generated=None,
+                                      expected_real=1000, short=True)
     page = files["page"].read_text()
-    for words in ("NOT SCORED: dalle3: no folder", "dalle2 (4 of 1,000), firefly (4 of 1,000), RAISE-1k (4 of 1,000)",
+    for words in ("NOT SCORED: dalle3: no folder", "not turned as EXIF says",
+                  "dalle2 (4 of 1,000 generated), firefly (4 of 1,000 generated), RAISE-1k (4 of 1,000 real)",
                   "threshold 0 on the logit: a test", "centre 224 x 224 px", "JPEG of quality 90", "commfor table2, paper"):
         assert words in page, words
     assert str(tmp_path) not in page and page.splitlines()[0] == "# grey-level on Synthbuster"
@@ -144,9 +151,9 @@ def test_spai_averages_over_real_sets_first(tmp_path):
     assert at(t, "SD3").auc == about(sd3) and at(t, "Flux").auc == 1
     assert at(t, "mean", level="mean").auc == about((sd3 + 1)/2)
     assert at(t, "coco", level="source").auc == about((5/6 + 1)/2) and at(t, "raise", level="source").real_accuracy == 1
-    c = compare(t, "SPAI", "spai").query("own and level == 'mean'").set_index("item")
+    c = compare(t, "SPAI", "spai", "spai").query("own and level == 'mean'").set_index("item")
     assert c.published["table1"] == .91 and c.over["table1"] == "2 of 13" and c.difference["table1"] == about((sd3 + 1)/2 - .91)
-    one = compare(t, "SPAI", "spai").query("own and name == 'SD3' and item == 'table1'").iloc[0]
+    one = compare(t, "SPAI", "spai", "spai").query("own and name == 'SD3' and item == 'table1'").iloc[0]
     assert (one.published, one.native) == (.759, about(sd3))
     assert "Sets of real images" in files["page"].read_text()
 
@@ -251,9 +258,9 @@ def test_shared_real_images_are_scored_once(tmp_path):
     files, t, _ = run("UniversalFakeDetect", tmp_path, scorer, tmp_path/"out", protocols=NATIVE)
     assert scorer.detector.seen == 2 + 4 + 2 and len(pd.read_parquet(files["predictions"])) == 4 + 4 + 2
     assert at(t, "dalle").auc == at(t, "ldm_200").auc == .75 and at(t, "crn").auc == 0 and at(t, "dalle").n_real == 2
-    mine = compare(t, "UniversalFakeDetect", "gapl").iloc[0] # its eight sets, of which two are here
+    mine = compare(t, "UniversalFakeDetect", "gapl", "gapl").iloc[0] # its eight sets, of which two are here
     assert mine.own and mine.over == "2 of 8" and mine.native == .5
-    theirs = compare(t, "UniversalFakeDetect", "gensign").iloc[0]
+    theirs = compare(t, "UniversalFakeDetect", "gensign", "gensign-progan20").iloc[0]
     assert (theirs.published, theirs.metric, theirs.over) == (.9937, "ap_real", "3 of 19")
     assert theirs.native == about(t[t.level == "generator"].ap_real.mean())
 
@@ -273,8 +280,9 @@ def test_parquet_rows_are_paired_by_model(tmp_path):
     files, t, _ = run("CompEval", tmp_path, scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
     assert at(t, "GALIP").auc == 1 and at(t, "Dalle2").auc == .5 and at(t, "mean", level="mean").auc == .75
     assert at(t, "GAN", level="family").auc == 1 and "mean over models" in files["page"].read_text()
-    c = compare(t, "CommunityForensics-Eval", "commfor-384")
-    assert c.published[0] == .991 and c.metric[0] == "ap" and c.over[0] == "2 of 21"
+    c = compare(t, "CommunityForensics-Eval", "commfor-384", "commfor-384")
+    assert c.published[0] == .991 and c.metric[0] == "ap" and c.over[0] == "2; published: 22" and "HDiT" in c.note[0]
+    assert compare(t, "CommunityForensics-Eval", "gapl", "gapl").over[0] == "2 of 21"
     again = scorer_of("grey-level")
     run("CompEval", tmp_path, again, tmp_path/"out", protocols=NATIVE)
     assert again.detector.seen == 0
@@ -317,6 +325,196 @@ def test_errors_are_one_line_that_helps(synthbuster, tmp_path):
         assert said in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path/"new").exists()
     with pytest.raises(InputError, match="unknown protocol"): Matching(90, 224, "").change("")
+
+
+def shard(path, *levels):
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table(dict(image_data=pa.array([encoded(v) for v in levels], pa.binary()), label=[1, 0], model_name=["GALIP"]*2,
+                                 real_source=["COCO"]*2)), path)
+
+
+def test_scores_of_other_images_are_never_used(tmp_path):
+    name = "CommunityForensics-Eval/data/CompEval-00000-of-00001.parquet"
+    shard(tmp_path/"a"/name, 50, 40), shard(tmp_path/"b"/name, 90, 10)
+    run("CompEval", tmp_path/"a", scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    with pytest.raises(InputError, match="images in another place; choose another folder, or remove .*started.json"):
+        run("CompEval", tmp_path/"b", scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    (tmp_path/"a").rename(tmp_path/"c")
+    (tmp_path/"out/started.json").unlink() # as the message says
+    moved = scorer_of("grey-level")
+    run("CompEval", tmp_path/"c", moved, tmp_path/"out", protocols=NATIVE)
+    assert moved.detector.seen == 0
+    (tmp_path/"out/started.json").unlink()
+    files, _, _ = run("CompEval", tmp_path/"b", scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    assert set(pd.read_parquet(files["predictions"]).logit) == {90 - 127.5, 10 - 127.5}
+
+
+def test_other_pixels_of_the_same_number_of_bytes_are_scored_again(tmp_path):
+    place = tmp_path/"Chameleon"
+    grey(place/"0_real", 10, 20, kind="bmp"), grey(place/"1_fake", 30, 40, kind="bmp")
+    run("chameleon", place, scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    (tmp_path/"out/run.json").unlink()
+    path = place/"1_fake/0.bmp"
+    before = path.stat()
+    Image.new("RGB", (32, 32), (5, 5, 5)).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000_000))
+    assert path.stat().st_size == before.st_size
+    again = scorer_of("grey-level")
+    _, t, _ = run("chameleon", place, again, tmp_path/"out", protocols=NATIVE)
+    assert again.detector.seen == 1 and at(t, "Chameleon").auc == .5
+
+
+def test_an_interrupted_run_stays_what_it_was(synthbuster, tmp_path):
+    broken, out = scorer_of("grey-level"), tmp_path/"out"
+    broken.detector.stop = 5
+    with pytest.raises(KeyboardInterrupt): run("synthbuster", synthbuster, broken, out)
+    assert not (out/"run.json").exists()
+    grey(tmp_path/"Chameleon/0_real", 10), grey(tmp_path/"Chameleon/1_fake", 30)
+    with pytest.raises(InputError, match="another benchmark .Synthbuster, not Chameleon."):
+        run("chameleon", tmp_path, scorer_of("grey-level"), out)
+    with pytest.raises(InputError, match="the evaluation of another benchmark"): compare_embedded([scorer_of("grey-level")], out)
+    assert str(tmp_path) not in (out/"started.json").read_text()
+
+
+def test_the_embedded_comparison_and_an_evaluation_keep_apart(synthbuster, tmp_path):
+    files, _, _ = run("synthbuster", synthbuster, scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    kept = {p: p.read_bytes() for p in files.values()}
+    (tmp_path/"out/started.json").unlink()
+    with pytest.raises(InputError, match="the evaluation of another"): compare_embedded([scorer_of("grey-level")], tmp_path/"out")
+    assert {p: p.read_bytes() for p in files.values()} == kept
+    (tmp_path/"embedded").mkdir()
+    (tmp_path/"embedded/run.json").write_text(json.dumps(dict(benchmark="embedded")))
+    for call in (lambda: derive(tmp_path/"embedded"), lambda: summary_text(tmp_path/"embedded")):
+        with pytest.raises(InputError, match="no evaluation of a public benchmark, but of embedded"): call()
+
+
+def named_scorer(name, path, sha="4567"): return Scorer(name, None, str(path), sha, Calibration())
+
+
+def test_a_number_belongs_to_a_checkpoint(tmp_path):
+    "GenSign published three; the one on GenImage is measured with the one trained on Stable Diffusion 1.4."
+    t = pd.DataFrame(dict(protocol="native", level=["generator", "mean"], name=["Midjourney", "mean"], accuracy_half=.9, ap=.9, ap_real=.9))
+    for benchmark, own in (("GenImage", "gensign-sdv14"), ("UniversalFakeDetect", "gensign-progan20"), ("AIGIBench", "")):
+        for loaded in ("gensign-sdv14", "gensign-progan20", "gensign-progan4", ""):
+            c = compare(t, benchmark, "gensign", loaded).query("system == 'GenSign' and level == 'mean'").iloc[0]
+            assert c.own == (loaded == own != ""), (benchmark, loaded)
+            assert c.training == ("" if c.own else "another training" if own else "training not stated")
+    assert checkpoint(named_scorer("gensign", tmp_path/"gensign-sdv14.pth")) == ("gensign-sdv14", "its name; no hash is known")
+    assert checkpoint(named_scorer("gensign", tmp_path/"mine.pth")) == ("", "")
+    assert checkpoint(named_scorer("spai", tmp_path/"spai.pth")) == ("", "") # its hash is known, and another one
+    assert checkpoint(named_scorer("spai", tmp_path/"mine.pth", "24159f27d7c8c2cd")) == ("spai", "its hash")
+    assert checkpoint(named_scorer("commfor-384", tmp_path/"commfor-model-384"))[0] == "commfor-384"
+    assert checkpoint(named_scorer("commfor-384", tmp_path/"models--OwensLab--commfor-model-384/snapshots/1a2b"))[0] == "commfor-384"
+    (tmp_path/"commfor-model-384").mkdir()
+    (tmp_path/"commfor-model-384/config.json").write_text(json.dumps(dict(detector="commfor"))) # trained with this kit
+    assert checkpoint(named_scorer("commfor-384", tmp_path/"commfor-model-384")) == ("", "")
+
+
+def test_the_page_says_whose_training_a_number_is_of(tmp_path):
+    grey(tmp_path/"GenImage/Midjourney/val/nature", 10, 20), grey(tmp_path/"GenImage/Midjourney/val/ai", 30, 15)
+    pages = {}
+    for weights in ("gensign-sdv14.pth", "gensign-progan20.pth", "mine.pth"):
+        scorer = Scorer("gensign", create("grey-level"), str(tmp_path/weights), "4567", Calibration())
+        files, _, _ = run("GenImage", tmp_path, scorer, tmp_path/f"out-{weights}", protocols=NATIVE)
+        pages[weights] = files["page"].read_text()
+        assert "train SDv1.4" in pages[weights] and summary_text(tmp_path/f"out-{weights}").startswith("# gensign on GenImage")
+    own, other, mine = (p.split("## Published for this detector")[1] for p in pages.values())
+    assert "| GenSign " in own.split("##")[0] and "another training" not in own
+    assert "official checkpoint gensign-sdv14, recognised by its name" in pages["gensign-sdv14.pth"]
+    for p in (other, mine):
+        assert "| GenSign, another training" in p.split("## Published for others")[1] and "Nothing on" in p.split("##")[0]
+    assert "recognised neither by" in mine and "recognised neither by" not in other
+
+
+def test_what_a_published_mean_covers():
+    t = pd.DataFrame([dict(protocol="native", level=k, name=n, ap=.9, accuracy_half=.9, ap_real=.9, auc=.9)
+                      for k, n in (("generator", "progan"), ("generator", "crn"), ("generator", "dalle"), ("mean", "mean"))])
+    def over(benchmark, system): return compare(t, benchmark, "").query("system == @system and level == 'mean'").iloc[0][["over", "note"]]
+    assert over("ForenSynths", "Ours (ViT-S 224)")["over"] == "3; published: 11"
+    assert over("ForenSynths", "GAPL (4.7K generators, 550k)")["over"] == "1 of 8"
+    assert over("AIGIBench", "GenSign")["over"] == "3; published: 17" and "not stated" in over("AIGIBench", "GenSign")["note"]
+    found = over("UniversalFakeDetect", "GenSign")
+    assert found["over"] == "3 of 19" and "is the reverse" in found["note"]
+    assert over("UniversalFakeDetect", "Ours (ViT-S 224)")["over"] == "1; published: 4"
+    means = published().query("level == 'mean'")
+    assert means.number.gt(0).all() # all that is in the papers' tables today; 0 would be shown as unknown
+    assert "not stated" in published().query("item == 'tracker 7'").note.iloc[0]
+
+
+def test_every_published_name_is_in_the_catalogue():
+    from aigid_repro.gensign.world import letters
+    p = published().query("level != 'mean'")
+    for benchmark, names in p.groupby("benchmark").name:
+        entry = find_benchmark(benchmark)
+        known = {letters(n) for n in (*(g.name for g in entry.generators), *entry.lenders)}
+        assert set(names.map(letters)) <= known, benchmark
+    assert "issue" not in " ".join([*published().item, *published().source, *published().note])
+
+
+def test_few_real_images_are_counted_too():
+    entry = Entry("Toy", "class folders", "", "", "", "", (Generator("a", "GAN", 10, 10), Generator("b", "GAN", 10, 10)))
+    rows = [("a", 1, 10), ("a", 0, 9), ("b", 1, 10), ("b", 0, 10)]
+    records = pd.DataFrame([dict(generator=g, label=y, image=f"{g}{y}{i}", real_set="" if y else g) for g, y, n in rows for i in range(n)])
+    a, b = counts(entry, records)
+    assert (a["short"], a["real"], a["expected_real"], b["short"]) == (True, 9, 10, False)
+
+
+def test_wrong_limits_and_repeated_protocols(synthbuster, tmp_path):
+    with pytest.raises(InputError, match="limit -2: give a number of images"):
+        run("synthbuster", synthbuster, scorer_of("grey-level"), tmp_path/"out", limit=-2)
+    assert not (tmp_path/"out").exists()
+    files, t, _ = run("synthbuster", synthbuster, scorer_of("grey-level"), tmp_path/"out", protocols=("native", "native"))
+    assert len(pd.read_parquet(files["predictions"])) == 12 and json.loads(files["run"].read_text())["settings"]["protocols"] == ["native"]
+
+
+def test_results_stay_where_no_table_can_be_made(synthbuster, tmp_path):
+    files, _, _ = run("synthbuster", synthbuster, scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    kept = {n: files[n].read_bytes() for n in ("run", "predictions", "table", "page")}
+    for path in (synthbuster/"synthbuster/RAISE-1k").iterdir(): path.write_bytes(b"")
+    with pytest.raises(InputError, match="no generator has"):
+        run("synthbuster", synthbuster, scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    assert {n: files[n].read_bytes() for n in kept} == kept and not list(tmp_path.rglob("*.part"))
+
+
+def test_images_are_not_turned(tmp_path):
+    "The left half of the stored image is dark; turned by EXIF it would be the upper one."
+    place, exif = tmp_path/"Chameleon", Image.Exif()
+    exif[0x0112] = 6
+    grey(place/"0_real", 10), (place/"1_fake").mkdir()
+    Image.new("RGB", (64, 32), (200,)*3).save(place/"1_fake/0.jpg", exif=exif, quality=95)
+    files, _, _ = run("chameleon", place, scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    p = pd.read_parquet(files["predictions"]).query("label == 1").iloc[0]
+    assert (p.width, p.height) == (64, 32) and json.loads(files["run"].read_text())["settings"]["upright"] is False
+
+
+def test_messages_name_no_place_of_this_machine(tmp_path):
+    lists = tmp_path/"spai"
+    for key, label, n in (("sd3", 1, 2), ("glide", 1, 2), ("coco", 0, 2)):
+        grey(lists/key, *range(10, 10 + n))
+        (lists/f"{key}.csv").write_text("\n".join(["image,class,split", *(f"{key}/{i}.png,{label},test" for i in range(n))]) + "\n")
+    for i in range(2): (lists/f"glide/{i}.png").unlink()
+    (lists/"flux.csv").write_text("wrong\n")
+    files, _, _ = run("SPAI", lists, scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    assert not [p for p in (tmp_path/"out").rglob("*") if p.is_file() and str(tmp_path).encode() in p.read_bytes()]
+    faults = json.loads(files["run"].read_text())["missing"]
+    assert any(f.startswith("flux.csv: no column") for f in faults.values()) and any("GLIDE" in g.upper() for g in faults)
+    place = tmp_path/"data/spai"
+    for root, text in ((place, f"{place}/a.csv: below {place}, {place.parent}/x.png"),
+                       (Path("data/spai"), "data/spai/a.csv: below data/spai, data/x.png")):
+        assert module._relative(text, root) == "a.csv: below ., ../x.png"
+
+
+def test_incomplete_evaluations_say_so(tmp_path):
+    place = tmp_path/"Chameleon"
+    grey(place/"0_real", 10, 20), grey(place/"1_fake", 30, 40)
+    run("chameleon", place, scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    assert incomplete(tmp_path/"out") is False
+    (place/"1_fake/1.png").write_bytes(b"cut off")
+    run("chameleon", place, scorer_of("grey-level"), tmp_path/"out", protocols=NATIVE)
+    assert incomplete(tmp_path/"out") is True
+    grey(tmp_path/"GenImage/Midjourney/val/nature", 10), grey(tmp_path/"GenImage/Midjourney/val/ai", 30)
+    run("GenImage", tmp_path, scorer_of("grey-level"), tmp_path/"part", protocols=NATIVE)
+    assert incomplete(tmp_path/"part") is True # seven generators are not there
 
 
 def test_importing_is_light():

@@ -174,6 +174,36 @@ def test_photos_that_are_left_out(world, place, tmp_path):
     assert any("5 of 19 files are left out" in str(v.message) and "banner.png" in str(v.message) for v in said)
 
 
+def test_what_the_kit_has_learned_from_is_refused(world, place, tmp_path):
+    "Also saved again, and reduced: encoders have seen the split train, generators the split generator."
+    photos, splits = shutil.copytree(place/"photos", tmp_path/"photos"), pool().groupby("split").photo.first()
+    for split, photo in splits.items():
+        image = open_photo(photo)
+        image.resize((image.width//2, image.height//2)).save(photos/f"{split} again.jpg", quality=80)
+    (photos/"as it is.webp").write_bytes(_kit_photo(pool().file[pool().split == "train"].iloc[0]))
+    left = replace(world, photos=str(photos), generators=()).skipped().set_index("file").fault
+    assert set(left.index) == {"train again.jpg", "generator again.jpg", "as it is.webp"}
+    files = pool().set_index("photo").file
+    for split in ("train", "generator"): assert f"nearly the same as {files[splits[split]]}" in left[f"{split} again.jpg"]
+
+
+def test_a_model_carried_over_by_hand_stays_what_it_is(world, place, tmp_path):
+    for name, inner in (("flux/vae", "vae"), ("sd/vae-mse", "")):
+        known = hub_generators.CATALOGUE[name]
+        shutil.copytree(place/"first-kl", tmp_path/name/inner)
+        for given in {tmp_path/name, tmp_path/name/inner}:
+            g = hub_generators.find(f"{name}={given}")
+            assert replace(g, source=known.source, subfolder=known.subfolder) == known and g.local()
+            assert hub_generators.resolved(g).family == known.family and hub_generators.place(g) == tmp_path/name/inner
+        assert hub_generators.find(f"train:{name}={tmp_path/name}").role == "train"
+    own = hub_generators.find(f"someone/model={place/'small'}")
+    assert (own.name, own.role, own.source) == ("someone/model", "evaluation", str(place/"small"))
+    same = [replace(world, generators=(f"flux/vae={tmp_path/'flux/vae'/v}",)).key() for v in ("", "vae")]
+    assert same[0] == same[1] != replace(world, generators=(f"sdxl/vae={tmp_path/'flux/vae/vae'}",)).key()
+    painter = hub_generators.find(f"drawn/sd-turbo={place/'painter'}")
+    assert painter.call == hub_generators.CATALOGUE["drawn/sd-turbo"].call and painter.kind == "pipeline"
+
+
 def _kit_photo(file):
     from aigid_repro.data.photos import photo_dir
     return (photo_dir()/file).read_bytes()
@@ -296,8 +326,9 @@ def test_offline(world, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", _nothing)
     g = hub_generators.find("flux/vae")
     said = ("flux/vae", "black-forest-labs/FLUX.1-schnell/vae", "about 168 MB", "Apache-2.0", str(tmp_path), "no way out",
-            "hf download black-forest-labs/FLUX.1-schnell vae/config.json", "name FOLDER/vae")
+            "hf download black-forest-labs/FLUX.1-schnell vae/config.json", "name flux/vae=FOLDER/vae")
     with refused(*said): hub_generators.fetch(g)
+    with refused("correct the path behind ="): hub_generators.find(f"flux/vae={tmp_path/'nowhere'}")
     with refused(*said): replace(world, generators=("flux/vae",)).prepare(1)
     plan = hub_generators.fetch_plan(["sd/vae-mse", "someone/model"])
     assert plan.megabytes.isna().tolist() == [False, True] and not plan.here.any() and plan.place[0].startswith(str(tmp_path))

@@ -136,7 +136,8 @@ def test_all_there(copy):
     assert set(plan.item[plan.runs == LEFT_OUT]) == HOPELESS and not (plan.runs == "no").any()
     assert of(plan, "commfor/fig13_length").runs == of(plan, "gapl/table3_architectures").runs == "yes"
     spai, = {n for needs in plan.needs for n in needs if n.name == "SPAI"}
-    assert spai.state == PARTLY and "sd14" in spai.parts and any(p.startswith("glide (3 images") for p in spai.parts)
+    assert spai.state == PARTLY and "sd14" in spai.parts and "glide" in spai.parts and dict(zip(spai.parts, spai.faults))["glide"]
+    assert not any("(" in m or str(copy) in m for m in (*(m for r in plan.missing for m in r), *spai.faults))
     row = of(plan, "gensign/spectra")
     assert row.runs == "partly" and {"UniversalFakeDetect/crn", "AIGIBench/SimSwap"} - set(row.missing) == {"UniversalFakeDetect/crn"}
     text = plan_text(plan, copy)
@@ -146,7 +147,7 @@ def test_all_there(copy):
 def test_commands_can_be_typed(nothing, copy):
     commands = {n.command for needs in nothing[0].needs for n in needs if n.command.split(" ")[0] not in ("put", "fetch", "unpack", "run")}
     for c in commands: # the folder has a space in its name
-        words = [w for w in shlex.split(module._runnable(c, copy), comments=True)]
+        words = [w for w in shlex.split(module.runnable(c, copy), comments=True)]
         assert "DATA" not in words and Path(words[words[0].startswith("AIGID_DATA=")]).name in ("aigid", "hf", "python", "curl")
         for w in words:
             if str(copy.parent) in w and "-c" not in words: assert str(copy) in w and w.split("=")[-1].startswith(str(copy))
@@ -282,6 +283,41 @@ def test_run_what_can_be_run(project, copy, monkeypatch, capfd):
     assert reproduce("paper", item="table1_composition", root=project, data=copy)[0]["status"] == "up to date"
 
 
+def test_reasons_and_places_of_data_are_not_in_results(copy):
+    "Otherwise moving the data would make partial items run again."
+    first = paper_plan(item="spai/robustness", data=copy)
+    moved = paper_plan(item="spai/robustness", data=shutil.move(copy, copy.parent/"elsewhere"))
+    assert first.missing.tolist() == moved.missing.tolist() and "SPAI/glide" in first.missing[0]
+    assert "glide (" in " ".join(plan_text(first, copy.parent/"elsewhere").split())
+
+
+def test_words_above_the_data_do_not_count(copy):
+    from aigid_repro.commfor import composition
+    place = copy.parent/"manual systematic eval"
+    shutil.move(copy, place)
+    for gone in ("manual", "systematic"): shutil.rmtree(place/"CommunityForensics/data"/gone)
+    row = of(paper_plan(item="commfor/table1_composition", data=place), "commfor/table1_composition")
+    assert composition.public_files(place)[0] and {"CommunityForensics/manual", "CommunityForensics/systematic"} <= set(row.missing)
+
+
+def test_what_is_lacking_is_asked_for_as_the_run_was(copy):
+    rows = [dict(item="spai/components", status="not run", message="missing: SPAI")]
+    last = lacking_text(rows, data=copy, paper="spai", item=None).splitlines()[-1]
+    words = shlex.split(last.partition(": ")[2])
+    assert Path(words[0]).name == "aigid"
+    assert words[1:] == ["reproduce", "--profile", "paper", "--data", str(copy), "--paper", "spai", "--plan"]
+    assert lacking_text(rows).endswith("aigid reproduce --profile paper --plan") and lacking_text([]) == ""
+
+
+def test_every_command_of_a_line_can_be_typed(nothing, copy, monkeypatch):
+    "Also one that stands at the end of a sentence, and with a space in the folder's name."
+    monkeypatch.setattr(module.sys, "executable", str(storage.root()/".venv/bin/python"))
+    commands = {n.command for needs in nothing[0].needs for n in needs}
+    for c in (module.runnable(c, copy) for c in commands):
+        assert not re.search(r"(?<!/)\b(aigid (weights|data)|hf download|python -c) ", c), c
+    assert any(f"then run: AIGID_DATA='{copy}' .venv/bin/aigid weights check spai" in module.runnable(c, copy) for c in commands)
+
+
 def test_without_data(project, monkeypatch, capsys):
     monkeypatch.delenv("AIGID_DATA", raising=False)
     rows = reproduce("paper", root=project)
@@ -303,6 +339,44 @@ def test_other_items_need_nothing(finished, monkeypatch, capsys):
     row, = reproduce("paper", root=finished)
     assert row["status"] == "done" and "missing" in read_run(finished/"results/paper/toy/coin")
     assert reproduce(root=finished)[0]["status"] == "up to date" and "missing" not in read_run(finished/"results/mini/toy/coin")
+
+
+# ---- a user's own photos
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path/"my photos").mkdir()
+    shutil.copy(next((storage.root()/"data/photos").glob("*.webp")), tmp_path/"my photos")
+    monkeypatch.setenv("AIGID_PHOTOS", str(tmp_path/"my photos"))
+    monkeypatch.setenv("AIGID_CACHE", str(tmp_path/"cache"))
+    return tmp_path/"my photos"
+
+
+def test_items_about_the_embedded_corpus_are_left_out_on_own_photos(own, project, capsys):
+    without = {i.key for i in items() if world_of(i) is None} | {"review/simulated_generators"}
+    assert {i.key for i in items() if module.embedded_only(i)} == without > {"data/audit", "commfor/table1_composition"}
+    stale = project/"results/mini-own-photos/commfor/table1_composition"
+    for _ in range(2):
+        row, = reproduce(item="table1_composition", root=project)
+        assert row["status"] == "left out" and "about the embedded corpus" in row["message"] and exit_code([row]) == 0
+        assert not (stale/"run.json").exists()
+        stale.mkdir(parents=True, exist_ok=True)
+    assert "commfor/table1_composition: left out (it is about the embedded corpus" in capsys.readouterr().out
+
+
+def test_results_on_own_photos_say_how_to_make_them_again(own, tmp_path, monkeypatch):
+    item, = items(toy.make(tmp_path/"project"))
+    def told(profile):
+        run = runner.run_item(item, dict(profile=profile, seed=0))
+        return run["command"], run.get("photos"), run.get("generators")
+    made = f"make reproduce PROFILE=mini PAPER={item.paper} ITEM={item.item}"
+    assert told("mini") == (f"AIGID_PHOTOS='{own}' {made}", str(own), None)
+    monkeypatch.setenv("AIGID_GENERATORS", "tiny/sd, flux/vae")
+    assert told("mini") == (f"AIGID_PHOTOS='{own}' AIGID_GENERATORS='tiny/sd, flux/vae' {made}", str(own), "tiny/sd, flux/vae")
+    assert read_run(item.folder("mini"))["generators"] == "tiny/sd, flux/vae"
+    assert told("smoke") == (made.replace("mini", "smoke"), None, None)
+    monkeypatch.delenv("AIGID_PHOTOS")
+    assert told("mini") == (made, None, None)
 
 
 # ---- rooms that no experiment reads

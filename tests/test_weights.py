@@ -355,7 +355,7 @@ def test_every_official_form_is_recognised(tmp_path):
     extractor, dair = Extractor(16, 2), DAIR(8)
     encoder = Encoder(32, 8, 64, 2, 1)
     gapl.save_prototypes(torch.randn(16, 128), tmp_path/"prototypes.pt")
-    gapl.save_stage1(torch.randn(128, 64), tmp_path/"stage1.pt")
+    gapl.save_stage1(torch.randn(128, 1024), tmp_path/"stage1.pt")
     gensign.save_extractor(extractor, tmp_path/"extractor.pth", step=5)
     gensign.save_dair(dair, tmp_path/"dair.pth", step=7)
     spai.save_mfm(MaskedFrequencyModel(encoder, 4), tmp_path/"mfm.pth")
@@ -390,6 +390,38 @@ def test_published_matrices_are_known_by_their_values(name, file, part, shelf):
     text, code = ow.check_text(name, shelf)
     assert code == 0 and "those of the published matrix" in text and text.endswith("no fault")
     assert ow.check_text(shelf/ow.named(name)[0].place)[0].endswith("no fault") # a path that has the official name
+
+
+def test_a_matrix_of_another_shape(tmp_path, shelf):
+    "A bare matrix has no names: only its shape tells what it is."
+    for shape in ((2, 7), (128, 64), (1024, 128)):
+        gapl.save_stage1(torch.randn(*shape), tmp_path/"x.pt")
+        found = ow.check(tmp_path/"x.pt")
+        if shape[1] == 128: assert found[-1].detail.startswith("gapl-prototypes")
+        else:
+            assert found[-1].state == "fault"
+            assert f"a matrix of {shape[0]} x {shape[1]}; known are gapl-stage1 128 x 1024" in found[-1].detail
+    shelf.mkdir()
+    for name, shape in (("gapl-stage1", (1024, 128)), ("gapl-prototypes", (128, 64))): # as many numbers as there should be
+        gapl.save_stage1(torch.randn(*shape), shelf/ow.named(name)[0].place)
+        last = ow.check(name, shelf)[-1]
+        assert (last.what, last.state) == ("opens", "fault") and f"a matrix of {shape[0]} x {shape[1]}, not" in last.detail
+
+
+@pytest.mark.parametrize("note", ["[]", "null", '{"files": []}', '{"files": {"x.pt": []}}', '{"files": {"x.pt": {"bytes": [], "c": 1}}}',
+                                  '{"files": {"x.pt": {"bytes": 5, "c": null}}}', "no json"])
+def test_a_note_that_says_nothing(note, tmp_path):
+    gapl.save_prototypes(torch.randn(4, 128), tmp_path/"x.pt")
+    (tmp_path/"x.pt.origin.json").write_text(note)
+    assert states(ow.check(tmp_path/"x.pt"))["sha256"] == "unknown"
+
+
+def test_a_relative_folder_starts_from_the_project(tmp_path, monkeypatch):
+    from aigid_repro.detect.studies import public_folder
+    monkeypatch.chdir(tmp_path)
+    for given in ("some data", str(tmp_path/"absolute")):
+        monkeypatch.setenv("AIGID_DATA", given)
+        assert ow.weights_folder() == public_folder()/"weights" == ow.place("spai").parent
 
 
 def test_missing_and_unknown(shelf, tmp_path):

@@ -67,14 +67,26 @@ CATALOGUE = {g.name: g for g in (
 # %% ../../nbs/detect/18_hub_generators.ipynb #4a079cf9
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-][\w./-]*))?")
 
-def find(spec:str # name of the catalogue, hub id or folder, perhaps behind a role and a colon
+def _folder(name:str)->Path: return (root()/Path(name).expanduser()).resolve()
+
+def _from(spec:str)->HubGenerator|None: # None: not of the form name=FOLDER
+    "A generator whose files are in a folder."
+    name, equal, given = (v.strip() for v in spec.partition("="))
+    if not (equal and name and given) or _folder(spec).is_dir(): return None
+    found, folder = find(name), _folder(given)
+    if not folder.is_dir(): raise InputError(f"generator {name}: {folder} is no folder; correct the path behind =")
+    inner = found.subfolder if found.subfolder and (folder/found.subfolder).is_dir() else ""
+    return replace(found, source=str(folder), subfolder=inner)
+
+def find(spec:str # name of the catalogue, hub id, folder or name=FOLDER, perhaps behind a role and a colon
         )->HubGenerator:
     "The generator that a user names."
     role, colon, name = spec.strip().partition(":")
     if not colon or role not in ROLES[:3]: role, name = "", spec.strip()
     known = CATALOGUE | {g.address(): g for g in CATALOGUE.values()}
     if name in known: found = known[name]
-    elif (folder := (root()/Path(name).expanduser()).resolve()).is_dir() and name:
+    elif by_name := _from(name): found = by_name
+    elif (folder := _folder(name)).is_dir() and name:
         found = HubGenerator("/".join(folder.parts[-2:]) if folder.name == "vae" else folder.name, str(folder))
     elif match := _HUB_ID.fullmatch(name): found = HubGenerator(name, match[1], match[2] or "")
     else:
@@ -158,9 +170,10 @@ def fetch(g:HubGenerator)->Path: # folder
     except (OSError, ValueError): pass # not there, or not all of it
     try: folder = _snapshot(g, offline=False)
     except Exception as e: # no network, no such model, a licence to be accepted first: the client's message says which
+        goal = f"{g.name}=FOLDER" + f"/{g.subfolder}"*bool(g.subfolder)
         why = " ".join(str(e).split())[:160] or type(e).__name__
         raise InputError(f"generator {g.name}: {_said(g)} is not in {place(g)} and can't be fetched ({why}); where there is a network run "
-                         f"`{by_hand(g)}`, copy that folder and name {'/'.join(['FOLDER', g.subfolder]).rstrip('/')} instead") from e
+                         f"`{by_hand(g)}`, copy that folder and name {goal} instead") from e
     kind_of(folder)
     return folder
 

@@ -10,6 +10,7 @@ __all__ = ['DEPTH', 'BLOCK', 'remedy', 'above', 'place_of', 'Folder', 'folders',
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,7 @@ def _meaning(entry:Entry, known:Mapping[str, str], # of `_meanings`
     "What a folder's path says."
     if other := [p for p in parts if letters(p) in foreign]: return -1, "", 0, f"of another benchmark, {other[0]}"
     classes = [CLASS_FOLDERS[p.lower()] for p in parts if p.lower() in CLASS_FOLDERS]
-    label = classes[0] if classes else None
+    label = classes[-1] if classes else None
     at = next((i for i, p in enumerate(parts) if letters(p) in known), None)
     if at is None and entry.open: at = next((i for i, p in enumerate(parts) if p.lower() not in {*CLASS_FOLDERS, *SPLIT_FOLDERS}), None)
     if at is not None: name = known.get(letters(parts[at]), parts[at])
@@ -90,13 +91,17 @@ def _meaning(entry:Entry, known:Mapping[str, str], # of `_meanings`
     if label is None and entry.form == FOLDERS: return at, name, 0, "images outside of class folders"
     return -1 if at is None else at, name, 1 if label is None else label, ""
 
+def _upward(e:os.DirEntry)->bool:
+    "Whether a link leads back to a folder that it is in."
+    return e.is_symlink() and Path(e.path).parent.resolve().is_relative_to(Path(e.path).resolve())
+
 def _walk(place:Path, skip:Sequence[str], parts:tuple[str, ...]=())->Iterator[tuple[tuple[str, ...], list, list]]:
     "Folders that hold files, without training images and what systems hide."
     images, others, below = [], [], []
     with os.scandir(place.joinpath(*parts)) as entries:
         for e in sorted(entries, key=lambda e: e.name):
             if e.name.startswith((".", "__MACOSX")): continue
-            if e.is_dir(): below.append(e.name)
+            if e.is_dir(): below += [e.name]*(not _upward(e))
             elif Path(e.name).suffix.lower() in IMAGE_SUFFIXES and e.is_file(): images.append((e.name, e.stat().st_size))
             else: others.append(e.name)
     if images or others: yield parts, images, others
@@ -123,7 +128,7 @@ def folders(name:str|Entry, place:Path, # of `place_of`
 class Usable(NamedTuple):
     "What can be scored."
     records:pd.DataFrame
-    faults:dict[str, str] # generator -> why it is not in the table
+    faults:dict[str, str] # generator -> why it is not in the table; "<list>: files" -> what a list that is in it lacks
 
 _ROWS = [*COLUMNS, "set", "real_set"]
 
@@ -176,10 +181,15 @@ def _in_lists(entry:Entry, place:Path)->Usable:
     for key, v in LISTS.items():
         try:
             if key not in found: raise InputError("no list")
-            listed = read_list(found[key], start)
+            listed = read_list(found[key], start, files=False)
             if (listed.labels != v.label).any(): raise InputError(f"{listed.path}: rows of the wrong class; fetch the list again")
+            here = np.array([f.is_file() for f in listed.files])
+            said = f"{(~here).sum()} of {len(here)} images are missing, the first is {[*listed.rows['image'][~here], ''][0]}"
+            if not here.any(): raise InputError(said)
+            if not here.all(): faults[f"{v.title}: files"] = said
+            listed = replace(listed, rows=listed.rows[here].reset_index(drop=True))
             parts.append(to_records(listed, v.title, v.family, key, f"{key}/").assign(real_set="" if v.label else v.title))
-        except InputError as e: faults[v.title] = str(e)
+        except InputError as e: faults[v.title] = str(e).replace(f"{place}{os.sep}", "")
     return Usable(pd.concat(parts or [pd.DataFrame(columns=_ROWS)], ignore_index=True).assign(set=entry.name)[_ROWS], faults)
 
 # %% ../../nbs/public/03_benchmarks.ipynb #f70aab06
@@ -247,7 +257,7 @@ def image_bytes(value:str|bytes|Path, # `image` of a record
 # %% ../../nbs/public/03_benchmarks.ipynb #e1c75b2b
 def usable(name:str|Entry, root:Path|str, # the benchmark's folder, or the one above it
           )->Usable: # records, and for each generator that is not in them the reason
-    "What of a copy can be scored; no image is read."
+    "What of a copy can be scored; no image is read, and no reason names a folder above the benchmark's."
     entry, place = find_benchmark(name), place_of(name, root)
     return {IN_LISTS: _in_lists, PARQUET: _in_parquet}.get(entry.form, _in_folders)(entry, place)
 

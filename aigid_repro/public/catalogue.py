@@ -232,7 +232,8 @@ def about_text(name:str|Entry)->str:
     e = find_benchmark(name)
     of = {}
     for g in e.generators: of.setdefault(g.family + " (optional)"*g.optional, []).append(g.name)
-    facts = {"get it": e.where, "licence": e.licence or "not known, see there", "size": e.size or "not known",
+    fetch = f"; aigid data get {e.name} DIR"*bool(e.hub[0])
+    facts = {"get it": e.where + fetch, "licence": e.licence or "not known, see there", "size": e.size or "not known",
              "reported by": ", ".join(e.papers) or "-", "generators": f"{e.models:,}",
              "images": "not known" if e.total is None else f"{_counted(e)} (generated + real)", "counts": e.counts,
              "real images": e.pairing + "".join(f"; {n}: {k:,}" for n, k in e.lenders.items()), "labels": "1 = generated, 0 = real"}

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..data import storage
 from ..data.storage import InputError, atomic, file_hash
-from ..detect.results import Item, items, read_run, reported, results_name
+from ..detect.results import Item, items, own_photos, read_run, reported, results_name
 from .claims import VERDICTS, claims_table
 from .reproduce import PROFILES, data_stamp, outdated
 
@@ -430,8 +430,9 @@ def report(profile:str="mini", # one of the profiles
     counts = claims.verdict.value_counts()
     templates = DictLoader(dict(claim=_CLAIM, item=_ITEM, page=_PAGE))
     pages = Environment(loader=templates, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    own = "; on your own photographs"*own_photos(profile)
     page = pages.get_template("page").render(
-        profile=profile, about=PROFILES[profile], css=_CSS, marks=MARKS, claims=_claim_rows(claims),
+        profile=profile, about=PROFILES[profile] + own, css=_CSS, marks=MARKS, claims=_claim_rows(claims),
         counts=[(v, counts.get(v, 0)) for v in VERDICTS], across=across_papers(profile, root),
         papers=[(p, PAPERS.get(p, p), parts) for p, parts in papers.items()])
     path = root/"results"/results_name(profile)/"report.html"

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -329,8 +330,17 @@ def _threads(jobs:int|None)->dict[str, str]:
     keep = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
     return one | keep | ({"AIGID_JOBS": str(jobs)} if jobs else {})
 
+def _own(profile:str)->dict[str, str]: # variable -> value; none on the embedded corpus
+    "What puts a user's photos and generators into the place of the kit's."
+    names = ["AIGID_PHOTOS", "AIGID_GENERATORS"]*own_photos(profile)
+    return {n: os.environ[n] for n in names if os.environ.get(n)}
+
 def _command(item:Item, parameters:dict)->str:
     "The command that makes these results again."
+    own = "".join(f"{n}={shlex.quote(v)} " for n, v in _own(parameters["profile"]).items())
+    return own + _plain_command(item, parameters)
+
+def _plain_command(item:Item, parameters:dict)->str:
     extra = {k: v for k, v in parameters.items() if k != "profile" and (k, v) != ("seed", 0)}
     if not extra: return f"make reproduce PROFILE={parameters['profile']} PAPER={item.paper} ITEM={item.item}"
     given = " ".join(f"-p {k}={v}" for k, v in extra.items())
@@ -355,7 +365,8 @@ def run_item(item:Item, # what to run
         about = partial/"experiment.json"
         if not about.exists(): raise InputError(f"{item.notebook}: ended without results; its last cell must call save")
         run = dict(paper=item.paper, item=item.item, profile=parameters["profile"], seed=parameters["seed"],
-                   parameters=parameters, stamp=before, command=_command(item, parameters), **more,
+                   parameters=parameters, stamp=before, command=_command(item, parameters),
+                   **{n.removeprefix("AIGID_").lower(): v for n, v in _own(parameters["profile"]).items()}, **more,
                    **json.loads(about.read_text(encoding="utf8")), **provenance(item.root),
                    seconds=round(watch.seconds, 1), peak_memory_mb=round(watch.peak_mb))
         run["files"] = sorted([*run["files"], "notebook.ipynb"])
@@ -391,7 +402,7 @@ def reproduce(profile:str="mini", # one of PROFILES
               root:Path|None=None, # folder that holds data, results and nbs (default: the repository)
               data:Path|str|None=None, # folder of public data (default: AIGID_DATA)
              )->list[dict]: # one row an item: item, status, minutes, memory, message
-    "Run every chosen item that is out of date; in profile paper, every one whose data and weights are there."
+    "Run every chosen item that is out of date and can be run: in profile paper, all whose data and weights are there."
     given = dict(profile=check_profile(profile), seed=0) | (parameters or {})
     if {"profile", "out"} & set(parameters or {}): raise InputError("profile and out are not for -p; use --profile")
     if jobs is not None and jobs < 1: raise InputError(f"jobs is {jobs}; it must be 1 or more")
@@ -403,6 +414,9 @@ def reproduce(profile:str="mini", # one of PROFILES
             from aigid_repro.review.requirements import paper_plan, plan_text
             print(plan_text(plan := paper_plan(root, paper, item)), end="\n\n", flush=True)
             plans = {p["item"]: p for p in plan.to_dict("records")}
+        elif own_photos(profile):
+            from aigid_repro.review.requirements import embedded_only
+            plans = {i.key: dict(runs="left out", why=why) for i in chosen if (why := embedded_only(i))}
         with lock(chosen[0].root/"results"/results_name(profile)):
             for i in chosen: rows.append(_bring_up_to_date(i, given, jobs, shipped, plans.get(i.key)))
     return rows
@@ -429,7 +443,8 @@ def _bring_up_to_date(item:Item, parameters:dict, jobs:int|None, data:str,
     try:
         recover(final := item.folder(parameters["profile"]))
         reason = outdated(item, parameters["profile"], parameters, data) or _not_made_here(final) or _has_come(final, plan)
-        if reason and (refusal := _refusal(plan)):
+        # what is left out does not count, even if results of it lie there
+        if (refusal := _refusal(plan)) and (reason or refusal[0] == "left out"):
             row |= dict(zip(("status", "message"), refusal))
             print(f"{item.key}: {row['status']} ({row['message']})", flush=True)
         elif reason:
@@ -451,8 +466,13 @@ def exit_code(rows:list[dict])->int: # of `reproduce`
     "0: all is done; 1: something that an item needs is missing; 2: an item failed."
     found = {r["status"] for r in rows}
     return 2 if "failed" in found else 1 if "not run" in found else 0
-def lacking_text(rows:list[dict])->str: # empty: nothing was lacking
+
+def lacking_text(rows:list[dict], # of `reproduce`
+                 **options # of the run: data, paper, item; None: not given
+                )->str: # empty: nothing was lacking
     "Items that were not run, and what they lack."
+    from aigid_repro.review.requirements import runnable
     lines = [f"{r['item']}: {r['status']} ({r['message']})" for r in rows if r["status"] in ("not run", "left out")]
-    how = "commands that get what is missing: aigid reproduce --profile paper --plan"
+    given = "".join(f" --{k} {shlex.quote(str(v))}" for k, v in options.items() if v)
+    how = "commands that get what is missing: " + runnable(f"aigid reproduce --profile paper{given} --plan")
     return "\n".join(lines + [how]*any(r["status"] == "not run" for r in rows))

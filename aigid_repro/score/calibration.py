@@ -16,9 +16,11 @@ import numpy as np
 from ..data.storage import InputError, atomic
 
 # %% ../../nbs/score/03_calibration.ipynb #0c916b64
-PUBLISHED = "score above 0.5, the rule of the official code; no calibration with these weights"
+PUBLISHED = "score above 0.5, the usual rule; these weights have no calibration"
 
-def sigmoid(x): return 1/(1 + np.exp(-np.asarray(x, np.float64)))
+def sigmoid(x): # numpy's exponential function warns of large logits
+    from scipy.special import expit
+    return expit(np.asarray(x, np.float64))
 
 @dataclass(frozen=True)
 class Calibration:

@@ -100,7 +100,10 @@ def table_text(table:pd.DataFrame)->str: # Markdown
 def compare(scorers:Iterable, output:Path|str, # shelf.Scorer each; folder
             profile:str="mini", device:str="cpu", precision:str="auto", batch:int=0)->pd.DataFrame:
     "Score the embedded corpus with several detectors, and put them into the papers' table."
+    from aigid_repro.detect.results import read_run
     output, known = Path(output), paper_predictions(profile)
+    if (output/"started.json").exists() or read_run(output).get("benchmark", "embedded") != "embedded":
+        raise InputError(f"{output}: holds the evaluation of another benchmark; choose another folder")
     mine = pd.concat([scored(s, profile, device, precision, batch) for s in scorers], ignore_index=True)
     table = comparison(pd.concat([known, mine], ignore_index=True) if len(known) else mine)
     with atomic(output/"predictions.parquet") as p: mine.to_parquet(p, index=False)

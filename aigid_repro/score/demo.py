@@ -53,7 +53,7 @@ def compressed(table:pd.DataFrame, seed:int=0, share:float=.5)->pd.DataFrame: # 
 TRAINING = dict(detector="high-pass-cnn", options=(("widths", (32, 64, 128)),), steps=4000, batch=64, crop=96, lr=2e-3,
                 resample=.5, jpeg=.5, noise=.1)
 
-NOTICE = ("a demonstration: a small CNN trained on 55 photographs and the small generators of this kit; it has never seen an image by a "
+NOTICE = ("a demonstration: a small CNN trained on 53 photographs and the small generators of this kit; it has never seen an image by a "
           "well-known text-to-image system, and its verdicts are no evidence about any picture")
 
 def make(folder:Path|str, # to write to

@@ -7,6 +7,9 @@ __all__ = ['SUFFIXES', 'LIMIT', 'looks_like_image', 'Picture', 'to_rgb', 'read_i
 
 # %% ../../nbs/score/01_files.ipynb #f14132c9
 import io
+import os
+import stat
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from ..data.records import IMAGE_SUFFIXES
 from ..data.storage import InputError
 
 # %% ../../nbs/score/01_files.ipynb #f38a5f95
-SUFFIXES = IMAGE_SUFFIXES | {".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".ppm", ".pgm", ".tga", ".ico"}
+SUFFIXES = IMAGE_SUFFIXES | {".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".ppm", ".pgm", ".tga", ".ico", ".psd", ".dds", ".pcx"}
 _STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")
 
@@ -26,28 +29,35 @@ def looks_like_image(path:Path|str)->bool:
     "Whether a file's name or its first bytes are an image's; a file that can't be opened goes by its name."
     if Path(path).suffix.lower() in SUFFIXES: return True
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode): return False # opening a pipe would wait for ever
         with open(path, "rb") as f: head = f.read(12)
     except OSError: return False
     return head.startswith(_STARTS) or head[:4] + head[8:] == b"RIFFWEBP" or (head[4:8] == b"ftyp" and head[8:] in _BRANDS)
 
 # %% ../../nbs/score/01_files.ipynb #10868028
-_heif:list[bool] = []
+_heif, _registering = [], threading.Lock()
 
 def _allow_heif()->None:
-    if _heif: return
-    try: import pillow_heif
-    except ImportError: pass
-    else: pillow_heif.register_heif_opener()
-    _heif.append(True)
+    with _registering:
+        if _heif: return
+        try: import pillow_heif
+        except ImportError: pass
+        else: pillow_heif.register_heif_opener()
+        _heif.append(True)
+
+def _formats()->list[str]: # EPS would be handed to an interpreter of programs
+    Image.init()
+    return [f for f in Image.ID if f not in ("EPS", "WMF")]
 
 def _opened(file)->Image.Image: # path, or a file in memory
     "A lazy image, its header read."
-    try: return Image.open(file)
+    known = bool(_heif)
+    try: return Image.open(file, formats=_formats())
     except UnidentifiedImageError:
-        if _heif: raise
+        if known: raise
         _allow_heif()
         if hasattr(file, "seek"): file.seek(0)
-        return Image.open(file)
+        return Image.open(file, formats=_formats())
 
 # %% ../../nbs/score/01_files.ipynb #7392161b
 LIMIT = 100_000_000 # pixels
@@ -74,10 +84,11 @@ def to_rgb(image:Image.Image)->tuple[Image.Image, list[str]]: # RGB; what was do
     if mode == "RGB": return image, said
     if mode.startswith("I") or mode == "F":
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        top = 1 if mode == "F" and values.max() <= 1 else 255 if values.max() <= 255 and mode == "F" else 65535
-        said.append(f"{'floating point' if mode == 'F' else '16 bits'} brought to 8")
-        # whole numbers: the upper byte
-        grey = (values*255).round() if top == 1 else values if top == 255 else values//256
+        most = float(values.max(initial=0))
+        top = next((t for t in ((1, 255) if mode == "F" else (255, 65535)) if most <= t), most)
+        if mode.startswith("I;16"): top = 65535 # whatever the picture
+        said.append(f"{'floating point' if mode == 'F' else '16 bits' if top == 65535 else 'whole numbers'} brought to 8 bits")
+        grey = values//256 if top == 65535 else (values*(255/top)).round() # the upper byte
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB"), said
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info: said.append("transparency dropped")
     if mode == "P": said.append("palette expanded")
@@ -97,11 +108,14 @@ def _moves(image:Image.Image)->bool:
     except Exception: return False # damage behind the first frame
 
 def _decoded(file, limit:int, upright:bool)->Picture: # file: a path, or a file in memory
+    if not isinstance(file, io.BytesIO) and not stat.S_ISREG(os.stat(file).st_mode) and not os.path.isdir(file):
+        raise InputError("neither a file nor a folder: a pipe or a device")
     with _opened(file) as image:
         _check_size(image.size, limit)
         form, mode, said = image.format or "", image.mode, ["first frame"]*_moves(image)
+        turned = _orientation(image) if upright else 1 # TIFF files are turned by Pillow in any case
         image.load()
-        turned = _orientation(image) if upright else 1
+        _check_size(image.size, limit)
         rgb, more = to_rgb(image)
         if turned in _TURNS:
             rgb = rgb.transpose(Image.Transpose(_TURNS[turned]))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'SMALLEST', 'USUAL', 'PAPERS', 'RANKING', 'SPLIT', 'METRICS', 'CONVENTIONS', 'Jpeg', 'Crop',
-           'jpeg_quality', 'Matching', 'matching', 'published', 'Convention', 'convention', 'real_positive_ap',
+           'jpeg_quality', 'Matching', 'matching', 'Cover', 'published', 'Convention', 'convention', 'real_positive_ap',
            'scored', 'pairs_of', 'table', 'interval', 'compare']
 
 # %% ../../nbs/score/06_protocols.ipynb #19f6dbc1
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ from ..detect.evaluation import Estimate, average_precision, bootstrap, per_gene
 from ..detect.results import reported
 from ..gensign.world import LENDERS, letters
 from ..public.catalogue import benchmarks, find_benchmark
+from ..public.weights import named
 from ..spai.lists import LISTS, over_sources
 
 # %% ../../nbs/score/06_protocols.ipynb #bf8fd964
@@ -101,9 +103,39 @@ _METRICS = {"mAP": "ap", "AP": "ap", "AUC": "auc", "fake_accuracy": "generated_a
 _DETECTORS = {"Ours (ViT-S 224)": "commfor-224", "Ours-Highres (ViT-S 384)": "commfor-384", "GAPL (4.7K generators, 550k)": "gapl",
               "GAPL": "gapl", "GenSign": "gensign", "SPAI": "spai", "released checkpoint": "spai",
               "released checkpoint, mean over 5 real sources": "spai"}
-# means over some of the generators: GAPL's Table 2 counts 8 + 8 sets; Table 1 of Community Forensics counts only Ojha's own
-_SUBSETS = {("gapl", "ForenSynths"): "progan stylegan stylegan2 stargan gaugan cyclegan biggan deepfake".split(),
-            ("gapl", "UniversalFakeDetect"): [*LENDERS], ("commfor", "UniversalFakeDetect"): [*LENDERS]}
+_TRAINED = {"UniversalFakeDetect": "gensign-progan20", "GenImage": "gensign-sdv14"} # GenSign's; not stated for other benchmarks
+_SAME = {"DeciDiffusion": "DeciDiffusionV2"} # generator, as published -> as the benchmark spells it
+
+class Cover(NamedTuple):
+    "What a published mean is taken over."
+    number:int=0 # generators; 0: not known
+    names:tuple[str, ...]=() # empty: the benchmark's
+    caveat:str=""
+
+_TWICE = Cover(22, caveat="the two variants of HDiT count apart; the hub's data has them as one, Hourglass")
+_COVERS = {("commfor", "ForenSynths"): Cover(11, caveat="Table 1 counts 11 models; which, is not stated"),
+           ("commfor", "UniversalFakeDetect"): Cover(
+               4, (*LENDERS,), "Table 1 counts 4 models; whether the eight sets count singly, as here, is not stated"),
+           ("commfor", "Synthbuster"): Cover(9), ("commfor", "GenImage"): Cover(8),
+           ("commfor", "CommunityForensics-Eval"): _TWICE, ("commfor", "CommunityForensics-Public"): _TWICE,
+           ("gapl", "ForenSynths"): Cover(8, tuple("progan stylegan stylegan2 stargan gaugan cyclegan biggan deepfake".split())),
+           ("gapl", "UniversalFakeDetect"): Cover(8, (*LENDERS,)), ("gapl", "GenImage"): Cover(8), ("gapl", "Synthbuster"): Cover(9),
+           ("gapl", "Chameleon"): Cover(1), ("gapl", "CommunityForensics-Eval"): Cover(21),
+           ("gensign", "UniversalFakeDetect"): Cover(
+               19, caveat="GenSign's code takes ImageNet as the real set of dalle, glide and ldm, and LAION as that of guided; the "
+                          "benchmark's protocol, which is used here, is the reverse"),
+           ("gensign", "AIGCDetectBenchmark"): Cover(17), ("gensign", "AIGIBench"): Cover(17, caveat="which 17 sets, is not stated"),
+           ("gensign", "GenImage"): Cover(8), ("spai", "SPAI"): Cover(13)}
+_CAVEATS = {("commfor", "issue7"): "on which of the two evaluation sets, is not stated"}
+
+def _checkpoints(detector:str, benchmark:str)->tuple[str, ...]: # names in `public.weights`; empty: none, or not stated
+    "The weights that a detector's published numbers belong to."
+    if detector == "gensign": return (_TRAINED[benchmark],) if benchmark in _TRAINED else ()
+    return tuple(w.name for w in named(detector)) if detector else ()
+
+def _plain(text:str)->str:
+    "Without marks that mean something elsewhere only."
+    return re.sub(r"(; )?(quoted by notes|mean also) [A-D,]+", "", re.sub(r"\bissue[ -]?(\d+)", r"tracker \1", text))
 
 @cache
 def _tables()->tuple[dict, dict]: # (paper, column) -> benchmark; (paper, item) -> benchmark of columns that name a generator
@@ -118,15 +150,15 @@ def _tables()->tuple[dict, dict]: # (paper, column) -> benchmark; (paper, item) 
 def _place(paper:str, item:str, column:str)->tuple[str, str, str]: # benchmark, level, name
     "What a column of a published table means; an empty benchmark where it is none of ours."
     (columns, items), (first, _, rest) = _tables(), column.partition("/")
-    if benchmark := columns.get((paper, first)): return benchmark, "generator" if rest else "mean", rest
-    if (benchmark := items[paper, item]) != "SPAI": return benchmark, "generator", column
+    if benchmark := columns.get((paper, first)): return benchmark, "generator" if rest else "mean", _SAME.get(rest, rest)
+    if (benchmark := items[paper, item]) != "SPAI": return benchmark, "generator", _SAME.get(column, column)
     key = column.split("_", 1)[1] if column.startswith(("fake_", "real_")) else letters(column)
     found = next((k for k, v in LISTS.items() if key == k or key == letters(v.title)), "")
     if not found: return "", "", "" # a mean over some of the lists
     return benchmark, *(("generator", LISTS[found].title) if LISTS[found].label else ("source", found))
 
 @cache
-def published()->pd.DataFrame: # benchmark, level (mean, generator, source), name, metric, published (0 to 1), detector, system, subset, ...
+def published()->pd.DataFrame: # benchmark, level (mean, generator, source), name, metric, published (0 to 1), system, checkpoints, ...
     "Published scores on the benchmarks, in the terms of our tables."
     rows = []
     for paper in PAPERS:
@@ -138,9 +170,13 @@ def published()->pd.DataFrame: # benchmark, level (mean, generator, source), nam
             metric = "ap_real" if r.row == "GenSign" and r.metric in ("AP", "mAP") else _METRICS[r.metric]
             if level == "source": metric = "real_accuracy_half"
             value = 100 - r.value if "false positive" in r.metric else r.value
+            cover = _COVERS.get((key[0], benchmark), Cover()) if level == "mean" else Cover(caveat=_CAVEATS.get(key, ""))
+            note = "" if pd.isna(r.note) or r.note.startswith("original scale") else r.note
+            detector = _DETECTORS.get(r.row, "")
             rows.append(dict(benchmark=benchmark, level=level, name=name, metric=metric, published=round(value/100, 6), system=r.row,
-                             detector=_DETECTORS.get(r.row, ""), subset=_SUBSETS.get((key[0], benchmark), []) if level == "mean" else [],
-                             paper=key[0], item=r.item, source=r.source, note="" if pd.isna(r.note) else r.note))
+                             detector=detector, checkpoints=_checkpoints(detector, benchmark), number=cover.number, subset=cover.names,
+                             paper=key[0], item=_plain(r.item), source=_plain(r.source),
+                             note=_plain("; ".join(filter(None, (note, cover.caveat))))))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/score/06_protocols.ipynb #1102ac0e
@@ -242,25 +278,33 @@ def interval(predictions:pd.DataFrame, benchmark:str, protocol:str,
 
 # %% ../../nbs/score/06_protocols.ipynb #c6552bf4
 def _measured(t:pd.DataFrame, r, # table; row of `published`
-             )->tuple[dict[str, float], str]: # protocol -> value; generators it is the mean of
+             )->tuple[dict[str, float], str]: # protocol -> value; generators that both are means of
     "The measured number that answers to a published one."
-    t, wanted, over = t[t.level == ("generator" if r.subset else r.level)], {letters(v) for v in r.subset or [r.name] if v}, ""
-    if wanted: t = t[t.name.map(letters).isin(wanted)]
-    if r.subset: over = f"{t.name.nunique()} of {len(wanted)}"
-    return t.groupby("protocol", observed=True)[r.metric].mean().to_dict(), over
+    wanted = {letters(v) for v in r.subset or [r.name] if v}
+    def chosen(level): return t[(t.level == level) & (t.name.map(letters).isin(wanted) | (not wanted))]
+    values = chosen("generator" if r.subset else r.level).groupby("protocol", observed=True)[r.metric].mean().to_dict()
+    if r.level != "mean": return values, ""
+    found, whole = chosen("generator").name.nunique(), len(r.subset or find_benchmark(r.benchmark).generators)
+    return values, f"{found} of {whole}" if r.number == whole else f"{found}; published: {r.number or 'unknown'}"
+
+def _training(r, detector:str, checkpoint:str)->str: # empty: the weights that were loaded, or another detector
+    "Whose weights a published number belongs to, where they are others of the same detector."
+    if r.detector != detector or checkpoint and checkpoint in r.checkpoints: return ""
+    return "another training" if r.checkpoints else "training not stated"
 
 def compare(t:pd.DataFrame, # of `table`
-            benchmark:str, detector:str, # names, such as GenImage and commfor-384
-           )->pd.DataFrame: # own, system, level, name, metric, published, a column for each protocol, difference, over, paper, item, ...
-    "Published numbers on a benchmark beside those measured, those of the same detector first."
+            benchmark:str, detector:str, # names, such as GenImage and gensign
+            checkpoint:str="", # name of the weights in `public.weights`, such as gensign-sdv14; empty: none that was published
+           )->pd.DataFrame: # own, system, training, level, name, metric, published, one column a protocol, difference, over, paper, ...
+    "Published numbers on a benchmark beside those measured, those of the same weights first."
     rows, protocols = [], list(dict.fromkeys(t.protocol))
-    found = t[t.level == "generator"].name.nunique()
-    of = f"{found} of {len(find_benchmark(benchmark).generators) or found}"
     for r in published().query("benchmark == @benchmark").itertuples(index=False):
-        values, over = _measured(t, r)
+        (values, over), training = _measured(t, r), _training(r, detector, checkpoint)
         rows.append(r._asdict() | {p: values.get(p, np.nan) for p in protocols} | dict(
-            own=r.detector == detector, difference=values.get("native", np.nan) - r.published, over=over or of*(r.level == "mean")))
-    columns = ["own", "system", "level", "name", "metric", "published", *protocols, "difference", "over", "paper", "item", "source", "note"]
+            own=r.detector == detector and not training, training=training, over=over,
+            difference=values.get("native", np.nan) - r.published))
+    columns = ["own", "system", "training", "level", "name", "metric", "published", *protocols, "difference", "over", "paper", "item",
+               "source", "note"]
     out = pd.DataFrame(rows).reindex(columns=columns).astype({"own": bool})
-    # the same detector first, its mean before single generators
+    # the same weights first, their mean before single generators
     return out.sort_values(["own", "level"], key=lambda c: ~c if c.name == "own" else c != "mean", kind="stable", ignore_index=True)
