@@ -310,20 +310,21 @@ def _evaluate(args)->int:
         raise InputError("name a --benchmark and the --root folder that holds it (see `aigid data list`)")
     from aigid_repro.public.benchmarks import place_of
     place_of(args.benchmark, args.root) # wrong names and folders before anything heavy
-    from aigid_repro.score.evaluate import PROTOCOLS, evaluate, summary_text
-    options, scorers = _options(args), _scorers(args)
+    from aigid_repro.score.evaluate import PROTOCOLS, evaluate, incomplete, summary_text
+    options, scorers, lacking = _options(args), _scorers(args), False
     for scorer in scorers:
         output = Path(args.output)/scorer.name if len(scorers) > 1 else Path(args.output)
         evaluate(args.benchmark, args.root, scorer, output, args.protocol or PROTOCOLS, options.device, options.batch, options.precision,
                  args.limit, say=_say)
         print(summary_text(output), flush=True)
-    return 0
+        lacking |= incomplete(output)
+    return 1 if lacking else 0
 
 def _evaluate_again(output)->int:
-    from aigid_repro.score.evaluate import derive, summary_text
+    from aigid_repro.score.evaluate import derive, incomplete, summary_text
     derive(output)
     print(summary_text(output))
-    return 0
+    return 1 if incomplete(output) else 0
 
 def _evaluate_embedded(args)->int:
     from aigid_repro.score.comparison import compare, table_text
