@@ -46,6 +46,8 @@ def main() -> int:
         return 1
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ[name] = "1"
     os.environ["MPLBACKEND"] = "agg"
+    # two notebooks run side by side; a pool of processes in one of them would be waited for when its process ends
+    os.environ["AIGID_JOBS"] = "1"
     notebooks = sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if is_library(p))
     # the long ones first, so that the two processes end together
     notebooks.sort(key=lambda p: not re.search(r"\btorch\b", p.read_text(encoding="utf8")))
