@@ -414,7 +414,7 @@ def across_papers(profile:str, root:Path)->str: # HTML; empty where no paper has
     if not len(known): return ""
     t = comparison(known)
     about = ["paper", "detector", "trained_on", "seeds"]
-    return table_html((t[about].join((100*t[MEASURES]).round(1))).rename(columns={"trained_on": "trained on"}))
+    return table_html(t[about].join(100*t[MEASURES]).rename(columns={"trained_on": "trained on"}))
 
 # %% ../../nbs/review/03_report.ipynb #2896904a
 def report(profile:str="mini", # one of the profiles
