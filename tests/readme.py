@@ -1,4 +1,4 @@
-"""Run the README's shell commands, in order, as a reader would (blocks fenced with `bash`)."""
+"""Run the README's shell commands, in order, as a reader would (blocks fenced with `bash`), but for those named as arguments."""
 import re
 import subprocess
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 blocks = re.findall(r"```bash\n(.*?)```", (root/"README.md").read_text(encoding="utf8"), re.S)
 commands = [line for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
+if unknown := set(sys.argv[1:]) - set(commands): sys.exit(f"not in the README: {', '.join(unknown)}")
+commands = [c for c in commands if c not in sys.argv[1:]]
 failed = 0
 for command in commands:
     print(f"$ {command}", flush=True)
