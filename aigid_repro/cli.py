@@ -25,7 +25,7 @@ def _assignment(text:str)->tuple[str, object]:
     except (ValueError, SyntaxError): return name, value
 
 # %% ../nbs/cli.ipynb #09f81445
-def _selection(command:argparse.ArgumentParser, jobs:bool=True)->None:
+def _selection(command:argparse.ArgumentParser)->None:
     "Options that choose items of a profile."
     command.add_argument("--paper", help="only this paper, such as commfor")
     command.add_argument("--item", help="only this item, such as fig01_scaling or commfor/fig01_scaling")
@@ -211,8 +211,9 @@ def _score(args)->int:
     if args.html and not args.output: raise InputError("--html writes beside the scores; add --output FOLDER")
     asked = entries(args.inputs)
     from aigid_repro.score import run
-    scorer, options = _scorer(args), _options(args)
-    _say(run.head(scorer, run.settled(scorer, options)))
+    scorer = _scorer(args)
+    options = run.settled(scorer, _options(args))
+    _say(run.head(scorer, options))
     return (_score_to_file if args.output else _score_to_terminal)(args, scorer, asked, options)
 
 def _json(row:dict)->str:
@@ -224,7 +225,6 @@ def _json(row:dict)->str:
 def _score_to_terminal(args, scorer, asked, options)->int:
     from aigid_repro.score import run
     faults = 0
-    options = run.settled(scorer, options)
     if change := run.change_text(run.precision_change(scorer, asked, options)): _say(f"note: {change}")
     try:
         for row in run.rows(scorer, asked, options):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from parity_weights import fill
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -33,16 +34,6 @@ def golden():
     with np.load(FOLDER/"checkpoints.npz") as stored: return dict(stored)
 
 
-def fill(shapes):
-    "Weights that follow from their names and shapes: scaled noise, seeded by the name."
-    state = {}
-    for name, shape in shapes.items():
-        noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-        if name.endswith("weight") and len(shape) == 1: noise = 1 + .02*noise
-        elif name.endswith("weight"): noise = noise/math.sqrt(math.prod(shape[1:]))
-        else: noise = .02*noise
-        state[name] = torch.from_numpy(noise.astype(np.float32))
-    return state
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,7 @@ Reference outputs in parity/gapl came from the official code with weights that f
 """
 
 import json
-import math
 import os
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from parity_weights import fill
 from PIL import Image
 from torch import nn
 
@@ -43,16 +42,7 @@ def golden(): return load("golden_small.npz")
 def prototypes(): return {int(k.removeprefix("pca_3type_num")): torch.from_numpy(v) for k, v in load("official_prototypes.npz").items()}
 
 
-def filled(spec):
-    "Weights of a specification: scaled noise, seeded by the name."
-    state = {}
-    for name, shape in json.loads((FOLDER/spec).read_text()).items():
-        noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-        if name.endswith(("weight", "proj", "kernel")) and len(shape) > 1: noise /= math.sqrt(math.prod(shape[1:]))
-        elif name.endswith("weight"): noise = 1 + .02*noise
-        else: noise *= .02
-        state[name] = torch.from_numpy(noise.astype(np.float32))
-    return state
+def filled(spec): return fill(json.loads((FOLDER/spec).read_text()))
 
 
 def random_input(seed, *shape):

@@ -6,16 +6,15 @@ arrays `cal.` came after its running averages had been replaced by the statistic
 """
 
 import json
-import math
 import os
 import random
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from parity_weights import fill
 from PIL import Image
 from torch import nn
 
@@ -40,20 +39,7 @@ def golden():
 def shapes(name): return json.loads((FOLDER/f"spec_{name}.json").read_text())
 
 
-def filled(name):
-    "Weights of a specification: scaled noise, seeded by the name."
-    state = {}
-    for k, shape in shapes(name).items():
-        noise = np.random.default_rng(zlib.crc32(k.encode())).standard_normal(shape, dtype=np.float64)
-        if k.endswith("num_batches_tracked"):
-            state[k] = torch.tensor(0)
-            continue
-        if k.endswith("running_var"): noise = 1 + .02*np.abs(noise)
-        elif k.endswith(("weight", "proj", "kernel")) and len(shape) > 1: noise /= math.sqrt(math.prod(shape[1:]))
-        elif k.endswith("weight"): noise = 1 + .02*noise
-        else: noise *= .02
-        state[k] = torch.from_numpy(np.asarray(noise, dtype=np.float32))
-    return state
+def filled(name): return fill(shapes(name))
 
 
 def off(ours, theirs): # largest difference, as a share of the largest entry where that is above 1

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from parity_weights import fill
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -189,16 +190,6 @@ def test_a_network_that_fails_costs_only_its_row(net, photo, monkeypatch):
 # official numbers
 
 
-def fill(shapes):
-    "Weights that follow from their names and shapes, as in the parity packs."
-    state = {}
-    for name, shape in shapes.items():
-        noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-        if name.endswith(("weight", "proj", "kernel")) and len(shape) > 1: noise /= math.sqrt(math.prod(shape[1:]))
-        elif name.endswith("weight"): noise = 1 + .02*noise
-        else: noise *= .02
-        state[name] = torch.from_numpy(noise.astype(np.float32))
-    return state
 
 
 @pytest.mark.parametrize("size", [224, 384])
@@ -262,10 +253,7 @@ def test_gapl_and_gensign_like_their_own_evaluation(four_heads, tmp_path):
     for name, factor in (("cross_attention.in_proj_weight", 12), ("fc.weight", 30)): gapl[name] *= factor # so that images differ
     with np.load(PARITY/"gapl"/"official_prototypes.npz") as f: prototypes = torch.from_numpy(f["pca_3type_num64"])
     torch.save({"model": gapl, "prototype": prototypes}, tmp_path/"gapl.pt")
-    state = fill(json.loads((PARITY/"gensign"/"spec_dual_tiny.json").read_text()))
-    state = {k: torch.tensor(0) if k.endswith("num_batches_tracked") else v.abs() + .5 if k.endswith("running_var") else v
-             for k, v in state.items()}
-    torch.save({"model": state}, tmp_path/"gensign.pth")
+    torch.save({"model": fill(json.loads((PARITY/"gensign"/"spec_dual_tiny.json").read_text()))}, tmp_path/"gensign.pth")
     for name, files in (("gapl", sorted((PARITY/"gapl").glob("image_*.png"))), ("gensign", sorted((PARITY/"gensign").glob("img_*.png")))):
         scorer = open_scorer(name, next(tmp_path.glob(f"{name}.*")))
         with torch.inference_mode():

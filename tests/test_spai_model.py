@@ -10,13 +10,13 @@ import pickle
 import subprocess
 import sys
 import weakref
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from parity_weights import fill
 from PIL import Image
 
 from aigid_repro.data.storage import InputError
@@ -49,16 +49,7 @@ def mfm(): return load("golden_mfm.npz")
 def base(): return load("golden_base.npz")
 
 
-def filled(spec):
-    "Weights of a specification: scaled noise, seeded by the name."
-    state = {}
-    for name, shape in json.loads((FOLDER/spec).read_text()).items():
-        noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-        if name.endswith(("weight", "proj", "kernel")) and len(shape) > 1: noise /= math.sqrt(math.prod(shape[1:]))
-        elif name.endswith("weight"): noise = 1 + .02*noise
-        else: noise *= .02
-        state[name] = torch.from_numpy(noise.astype(np.float32))
-    return state
+def filled(spec): return fill(json.loads((FOLDER/spec).read_text()))
 
 
 def image(name): # (1, 3, h, w) in [0, 1]

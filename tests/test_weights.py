@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from parity_weights import fill
 from safetensors.torch import save_file
 
 from aigid_repro.commfor.checkpoints import save_hub
@@ -443,19 +443,10 @@ def test_a_path_is_known_by_its_hash(tmp_path, monkeypatch):
 # outputs
 
 
-def fill(name, shape):
-    "Weights that follow from their names and shapes."
-    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-    if name.endswith(("weight", "proj", "kernel")) and len(shape) > 1: noise /= math.sqrt(math.prod(shape[1:]))
-    elif name.endswith("weight"): noise = 1 + .02*noise
-    else: noise *= .02
-    return torch.from_numpy(noise.astype(np.float32))
-
-
 def test_check_gives_the_official_score_of_community_forensics(shelf, monkeypatch):
     "Hub folder at full size: official weights are not here, those of the rule are, and what the official code makes of them."
     detector = CommForViT("small", 384)
-    detector.load_state_dict({k: fill(k, tuple(v.shape)) for k, v in detector.state_dict().items()})
+    detector.load_state_dict(fill({k: v.shape for k, v in detector.state_dict().items()}))
     save_hub(detector, shelf/"commfor-model-384")
     with np.load(PARITY/"commfor"/"checkpoints.npz") as stored: logit = float(stored["small_384_testimages_logit"][0, 0])
     found = ow.check("commfor-384", shelf)
@@ -475,7 +466,7 @@ def test_check_gives_the_official_score_of_community_forensics(shelf, monkeypatc
 def test_check_gives_the_official_score_of_spai(shelf, monkeypatch):
     "A reduced detector in the released form, on an image of 150 x 200 px; scores of the official code."
     with np.load(PARITY/"spai"/"golden_tiny.npz") as stored: golden = dict(stored)
-    state = {k: fill(k, s) for k, s in json.loads((PARITY/"spai"/"spec_tiny.json").read_text()).items()}
+    state = fill(json.loads((PARITY/"spai"/"spec_tiny.json").read_text()))
     state[spai.MASK] = torch.from_numpy(golden["mask"]).long()
     spai.save_official(spai.from_state(state, heads=4)[0], shelf/"spai.pth", epoch=3)
     e = ow.Expected("image_150x200.png", float(golden["grid150x200.prob"][0, 0]), size=(200, 150))

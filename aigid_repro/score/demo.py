@@ -16,6 +16,8 @@ from ..data.corpus import CorpusSettings, crop_images, draw, evaluation_generato
 from ..data.corpus import evaluation_set, generated_rows, real_rows
 from ..data.generators import generate
 from ..data.photos import Crop, pool
+from ..data.records import open_image
+from .files import encoded
 
 # %% ../../nbs/score/10_demo.ipynb #06677b7a
 SETTINGS = CorpusSettings(train=640, validation=160)
@@ -36,12 +38,7 @@ def images(split:str, n:int, seed:int=0, settings:CorpusSettings=SETTINGS)->pd.D
 # %% ../../nbs/score/10_demo.ipynb #5d4875d2
 def jpeg(data:bytes, quality:int)->bytes:
     "The same image as JPEG."
-    import io
-
-    from PIL import Image
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(data)).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+    return encoded(open_image(data), "JPEG", quality=quality)
 
 def compressed(table:pd.DataFrame, seed:int=0, share:float=.5)->pd.DataFrame: # records
     "Some images as JPEG; an image and its generated copies are treated alike."

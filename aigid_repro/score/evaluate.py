@@ -7,7 +7,6 @@ __all__ = ['TELLING', 'PART', 'STARTED', 'LABELS', 'chosen_images', 'matching_of
            'checkpoint', 'evaluate', 'read', 'incomplete', 'derive', 'summary_text']
 
 # %% ../../nbs/score/07_evaluate.ipynb #4494a5a8
-import inspect
 import json
 import os
 import re
@@ -29,7 +28,9 @@ from ..public.benchmark_check import Audit, audit, audit_text, headers
 from ..public.benchmarks import images, place_of, usable
 from ..public.catalogue import Entry, find_benchmark
 from ..public.weights import CATALOGUE
+from .comparison import grid
 from .protocols import METRICS, PROTOCOLS, SPLIT, Matching, compare, convention, interval, jpeg_quality, matching, table
+from .shelf import code_of
 
 # %% ../../nbs/score/07_evaluate.ipynb #7180c49f
 def chosen_images(records:pd.DataFrame, place:Path, # of `usable` and `place_of`
@@ -63,13 +64,6 @@ def audit_lines(found:Audit)->list[str]:
 PART = 250 # images
 _ROW = ["picture", "content", "logit", "width", "height", "format", "error"]
 
-def _source(detector)->str: # empty for a class that was typed into a notebook
-    "Digest of a detector's code: its room in this kit, or the file of one's own."
-    names = type(detector).__module__.split(".")
-    if names[0] == "aigid_repro": return source_hash(names[1])
-    try: return file_hash(inspect.getsourcefile(type(detector)))
-    except (TypeError, OSError): return ""
-
 def identity(scorer, # shelf.Scorer
              change:Callable|None, device:str, precision:str)->str: # 16 hexadecimal digits
     "Digest of what decides about a score, besides the image."
@@ -77,7 +71,7 @@ def identity(scorer, # shelf.Scorer
     d = scorer.detector
     how = str(change or ""), "as stored", device.split(":")[0], precision_for(scorer, precision)
     return digest(d.name, getattr(d, "settings", {}), scorer.preprocessing(), scorer.weights_hash, how,
-                  source_hash("score.engine", "score.files", "detect.detector"), _source(d))
+                  source_hash("score.engine", "score.files", "detect.detector"), code_of(d))
 
 def _stored(folder:Path)->pd.DataFrame: # columns _ROW
     "Scores made before; a damaged part is removed, and its images are scored again."
@@ -300,13 +294,6 @@ def derive(output:Path|str, # of `evaluate`
 # %% ../../nbs/score/07_evaluate.ipynb #7419f30a
 def _percent(v)->str: return "-" if pd.isna(v) else f"{100*v:.1f}"
 
-def _grid(header:Sequence[str], rows:Iterable[Sequence[str]])->list[str]:
-    "A table that is read in a terminal and as Markdown."
-    rows = [list(header), *(list(map(str, r)) for r in rows)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(r, widths))) + " |" for r in rows]
-    return [lines[0], "|" + "|".join("-"*(w + 1 + (i == 0)) + ":"*(i > 0) for i, w in enumerate(widths)) + "|", *lines[1:]]
-
 def _found(g:dict)->str: # of `counts`
     "What was found of what is expected."
     return " and ".join(f"{g[c]:,} of {of:,} {c}" for c in ("generated", "real") if (of := g[f"expected_{c}"]))
@@ -335,7 +322,7 @@ def _means(t:pd.DataFrame, headline:Sequence[str])->list[str]:
         rows.append([r["protocol"], *(f"{_percent(r[m])} [{_percent(r[f'{m}_low'])}, {_percent(r[f'{m}_high'])}]" for m in headline),
                      f"{worst['name']} {_percent(worst[headline[0]])}", *(_percent(r[m]) for m in rest), f"{r['n_generated']:,}"])
     first = [LABELS[m] for m in headline]
-    return _grid(["mean", *first, f"worst {first[0]}", *(LABELS[m] for m in rest), "generated images"], rows)
+    return grid(["mean", *first, f"worst {first[0]}", *(LABELS[m] for m in rest), "generated images"], rows)
 
 def _singles(t:pd.DataFrame, level:str, headline:Sequence[str])->list[str]:
     "One row a generator (or family, or set of real images): the headline under every protocol, the rest under the first."
@@ -344,7 +331,7 @@ def _singles(t:pd.DataFrame, level:str, headline:Sequence[str])->list[str]:
     wide = t.pivot(index="name", columns="protocol", values=[*METRICS]).reindex(t.name.drop_duplicates())
     n = t.drop_duplicates("name").set_index("name")[["n_generated", "n_real"]]
     rows = [[g, f"{n.n_generated[g]} + {n.n_real[g]}", *(_percent(wide.loc[g, c]) for c in columns)] for g in wide.index]
-    return _grid([level, "generated + real", *(f"{LABELS[m]}, {p}" for m, p in columns)], rows)
+    return grid([level, "generated + real", *(f"{LABELS[m]}, {p}" for m, p in columns)], rows)
 
 def _beside(c:pd.DataFrame, run:dict)->list[str]:
     "Published numbers and what was measured."
@@ -355,8 +342,8 @@ def _beside(c:pd.DataFrame, run:dict)->list[str]:
         rows.append([system, r["name"] or "mean", LABELS[r["metric"]], _percent(r["published"]), *(_percent(r[p]) for p in protocols),
                      "-" if pd.isna(r["difference"]) else f"{100*r['difference']:+.1f}", r["over"],
                      f"{r['paper']} {r['item']}, {r['source'].split(':')[0]}"])
-    grid = _grid(["system", "of", "metric", "published", *protocols, "native - published", "generators", "source"], rows)
-    return grid + [""]*bool(notes) + [f"- {', '.join(systems)}, {note}" for note, systems in notes.items()]
+    lines = grid(["system", "of", "metric", "published", *protocols, "native - published", "generators", "source"], rows)
+    return lines + [""]*bool(notes) + [f"- {', '.join(systems)}, {note}" for note, systems in notes.items()]
 
 def _page(run:dict, p:pd.DataFrame, t:pd.DataFrame, beside:pd.DataFrame, full:bool=True # every generator, other systems
          )->list[str]:

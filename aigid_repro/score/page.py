@@ -7,7 +7,6 @@ __all__ = ['SIDE', 'MOST', 'MAPS', 'embedded', 'thumbnail', 'attention_map', 'ov
 
 # %% ../../nbs/score/09_page.ipynb #68bb8ab8
 import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from PIL import Image
 
 from ..data.storage import InputError, atomic, report_progress
 from .calibration import sigmoid
-from .files import LIMIT, quiet_decoders, read_image
+from .files import LIMIT, encoded, quiet_decoders, read_image
 from .inputs import Entry
 from .run import change_text
 
@@ -26,9 +25,7 @@ SIDE, MOST, MAPS = 200, 1000, 64 # px; images on a page, and those with a map of
 
 def embedded(image:Image.Image)->str: # data URI
     "An image as text within the page."
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=75)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/webp;base64,{base64.b64encode(encoded(image, 'WEBP', quality=75)).decode()}"
 
 def thumbnail(image:Image.Image)->Image.Image:
     "A small copy; tiny images are enlarged without smoothing, so that their pixels can be seen."

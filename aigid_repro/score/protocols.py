@@ -25,6 +25,7 @@ from ..detect.results import reported
 from ..gensign.world import LENDERS, letters
 from ..public.catalogue import benchmarks, find_benchmark
 from ..public.weights import named
+from .files import encoded, resaved
 from ..spai.lists import LISTS, over_sources
 
 # %% ../../nbs/score/06_protocols.ipynb #bf8fd964
@@ -35,9 +36,7 @@ class Jpeg:
     "Encode as JPEG and decode again."
     quality:int
     def __call__(self, image:Image.Image)->Image.Image: # RGB -> RGB
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=self.quality)
-        with Image.open(buffer) as again: return again.convert("RGB")
+        return resaved(image, "JPEG", self.quality)
     def __str__(self): return f"every image encoded as JPEG of quality {self.quality} (4:2:0) and decoded again"
 
 @dataclass(frozen=True)
@@ -56,9 +55,7 @@ def _luminance()->np.ndarray: # (100, 64), qualities 1 to 100
     "Quantisation tables of libjpeg."
     tables = []
     for q in range(1, 101):
-        buffer = io.BytesIO()
-        Image.new("L", (8, 8)).save(buffer, "JPEG", quality=q)
-        with Image.open(buffer) as image: tables.append(image.quantization[0])
+        with Image.open(io.BytesIO(encoded(Image.new("L", (8, 8)), "JPEG", quality=q))) as image: tables.append(image.quantization[0])
     return np.array(tables, float)
 
 def jpeg_quality(quantization:Mapping[int, Iterable[int]], # of a JPEG image in Pillow

@@ -8,13 +8,13 @@ __all__ = ['STABILITY', 'FIRST', 'MOST', 'PART', 'EVERY', 'half_size', 'Options'
            'about_file', 'score_files', 'read_table', 'calibrate', 'line', 'head', 'summary']
 
 # %% ../../nbs/score/08_run.ipynb #320f3442
-import io
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,23 +24,17 @@ from PIL import Image
 from ..data.storage import InputError, atomic, digest, file_hash, report_progress
 from .calibration import sigmoid
 from .engine import Row, Times, pixels_of, precision_for, score
-from .files import LIMIT
+from .files import LIMIT, resaved
 from .inputs import Entry
 from .shelf import Scorer
 
 # %% ../../nbs/score/08_run.ipynb #041e009b
-def _saved(kind:str, quality:int)->Callable[[Image.Image], Image.Image]:
-    def again(image):
-        buffer = io.BytesIO()
-        image.save(buffer, kind, quality=quality)
-        return Image.open(buffer).convert("RGB")
-    return again
-
 def half_size(image:Image.Image)->Image.Image:
     "Every second pixel's worth of the image (bicubic, antialiased)."
     return image.resize((max(1, image.width//2), max(1, image.height//2)), Image.Resampling.BICUBIC)
 
-STABILITY = {"jpeg90": _saved("JPEG", 90), "jpeg75": _saved("JPEG", 75), "webp80": _saved("WEBP", 80), "half": half_size}
+STABILITY = {"jpeg90": partial(resaved, kind="JPEG", quality=90), "jpeg75": partial(resaved, kind="JPEG", quality=75),
+             "webp80": partial(resaved, kind="WEBP", quality=80), "half": half_size}
 
 # %% ../../nbs/score/08_run.ipynb #a164d09c
 @dataclass(frozen=True)

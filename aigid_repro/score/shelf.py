@@ -8,6 +8,7 @@ __all__ = ['OFFICIAL', 'DEMO', 'SMALLEST', 'LARGEST', 'ROOMS', 'Official', 'demo
 
 # %% ../../nbs/score/04_shelf.ipynb #a7d00c9c
 import importlib
+import inspect
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,30 +16,30 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.storage import InputError, digest, file_hash, root
+from ..data.storage import InputError, digest, file_hash, root, source_hash
 from . import calibration as cal
 
 # %% ../../nbs/score/04_shelf.ipynb #2188a400
 class Official(NamedTuple):
     "How official weights become a detector."
     room:str # module with `load_official`
-    paper:str
     image:int=0 # side of the input that the name promises; 0: none
 
-OFFICIAL = {"commfor-224": Official("commfor.checkpoints", "Community Forensics", 224),
-            "commfor-384": Official("commfor.checkpoints", "Community Forensics", 384),
-            "spai": Official("spai.checkpoints", "SPAI"), "gapl": Official("gapl.checkpoints", "GAPL"),
-            "gensign": Official("gensign.checkpoints", "GenSign")}
+OFFICIAL = {"commfor-224": Official("commfor.checkpoints", 224),
+            "commfor-384": Official("commfor.checkpoints", 384),
+            "spai": Official("spai.checkpoints"), "gapl": Official("gapl.checkpoints"),
+            "gensign": Official("gensign.checkpoints")}
 DEMO = "demo"
 SMALLEST, LARGEST = 64, 2048 # px: what networks see that take whole images; smaller ones are continued by their reflection
 
 def demo_folder()->Path: return root()/"data"/"score"/"demo"
 
-def code_of(detector)->str: # 16 hexadecimal digits; empty for a class that was typed into a notebook
-    "Hash of the file that a detector's class stands in."
-    import sys
-    file = getattr(sys.modules.get(type(detector).__module__), "__file__", None)
-    return file_hash(file)[:16] if file and Path(file).is_file() else ""
+def code_of(detector)->str: # empty for a class that was typed into a notebook
+    "Digest of a detector's code: its room in this kit, or the file of one's own."
+    names = type(detector).__module__.split(".")
+    if names[0] == "aigid_repro": return source_hash(names[1])
+    try: return file_hash(inspect.getsourcefile(type(detector)))
+    except (TypeError, OSError): return ""
 
 @dataclass
 class Scorer:
@@ -99,6 +100,13 @@ def load_file(path:Path|str)->None:
         del sys.modules[name]
         raise InputError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())}; correct the file") from e
 
+def _known_or_hint(folder:Path, name:str)->None:
+    "A stored detector whose class nobody has loaded."
+    from aigid_repro.detect.detector import detectors
+    know(name)
+    if name not in detectors():
+        raise InputError(f"{folder}: detector {name!r} is none of this kit's; name the file that registers it with --load FILE.py")
+
 def open_folder(folder:Path, name:str="")->Scorer:
     "A detector that `detect.detector.save_detector` wrote."
     from aigid_repro.detect.detector import load_detector
@@ -158,10 +166,3 @@ def open_scorer(name:str=DEMO, # demo, an official name, or a folder of this kit
     if name == DEMO: return open_folder(demo_folder(), DEMO)
     if Path(name).is_dir(): return open_folder(Path(name))
     raise InputError(f"unknown detector {name!r}; known: {', '.join([DEMO, *OFFICIAL])}, or the folder of a detector trained here")
-
-def _known_or_hint(folder:Path, name:str)->None:
-    "A stored detector whose class nobody has loaded."
-    from aigid_repro.detect.detector import detectors
-    know(name)
-    if name not in detectors():
-        raise InputError(f"{folder}: detector {name!r} is none of this kit's; name the file that registers it with --load FILE.py")
