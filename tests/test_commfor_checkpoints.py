@@ -34,8 +34,6 @@ def golden():
     with np.load(FOLDER/"checkpoints.npz") as stored: return dict(stored)
 
 
-
-
 @pytest.fixture(scope="module")
 def detectors():
     "The three detectors with golden weights, read as bare state dicts."
@@ -113,8 +111,6 @@ def test_from_file_to_logit(name, detectors, tmp_path, golden):
 def test_network_in_double_precision(name, detectors, tmp_path, golden):
     vit = copy.deepcopy(detectors(name, tmp_path).vit).double() # past `forward`, whose logit is in single precision
     assert furthest(vit(random_input(name).double()), golden[f"{name}_rand_logit64"]) < 1e-10
-
-
 
 
 @pytest.mark.parametrize("name, image", [("small_224", "a"), ("small_384", "a"),

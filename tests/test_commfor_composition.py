@@ -1,10 +1,12 @@
 """Composition: every family has a type; counts of a hand-made manifest and of small public files; what is missing is named."""
+import os
+
 import pandas as pd
 import pytest
 
 from aigid_repro.commfor import composition
 from aigid_repro.data.generators import registry
-from aigid_repro.data.storage import InputError
+from aigid_repro.data.storage import InputError, root
 from aigid_repro.review.claims import read_claims
 
 
@@ -100,11 +102,16 @@ def test_public_files(copy):
 def test_missing_folder_and_damaged_files_are_named(tmp_path, monkeypatch):
     settings = composition.preset("paper")
     monkeypatch.delenv("AIGID_DATA", raising=False)
-    with pytest.raises(InputError, match="AIGID_DATA is not set: download"): composition.run_study(settings)
+    with pytest.raises(InputError, match="set AIGID_DATA to the folder"): composition.run_study(settings)
     monkeypatch.setenv("AIGID_DATA", str(tmp_path/"nowhere"))
     with pytest.raises(InputError, match="nowhere is not a folder"): composition.run_study(settings)
     monkeypatch.setenv("AIGID_DATA", str(tmp_path))
-    with pytest.raises(InputError, match="no parquet file"): composition.run_study(settings)
+    with pytest.raises(InputError, match="no parquet file; download"): composition.run_study(settings)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AIGID_DATA", tmp_path.name) # a relative one starts from the project, as everywhere
+    with pytest.raises(InputError, match="is not a folder"): composition.run_study(settings)
+    monkeypatch.setenv("AIGID_DATA", os.path.relpath(tmp_path, root()))
+    with pytest.raises(InputError, match="no parquet file; download"): composition.run_study(settings)
     (tmp_path/"broken.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="broken.parquet: not a readable parquet file"): composition.run_study(settings)
     (tmp_path/"broken.parquet").unlink()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from aigid_repro.data.storage import InputError
 from aigid_repro.detect import networks  # noqa: F401 - registers the network
 from aigid_repro.detect.detector import create, save_detector
 from aigid_repro.score import engine, run
-from aigid_repro.score.files import read_image
+from aigid_repro.score.files import encoded, read_image
 from aigid_repro.score.inputs import Entry, entries
 from aigid_repro.score.shelf import demo_folder, open_scorer
 
@@ -47,10 +48,14 @@ def net(tmp_path_factory):
     return str(folder)
 
 
-def encoded(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    "A small detector whose time goes into products with matrices."
+    torch.manual_seed(0)
+    from aigid_repro.commfor import model  # noqa: F401 - registers the network
+    folder = tmp_path_factory.mktemp("vit")
+    save_detector(create("commfor-vit", size="mini", image=64, patch=8), folder)
+    return str(folder)
 
 
 # formats
@@ -275,9 +280,11 @@ def many(folder, n, photo):
     return folder
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_bits(photo, net, tmp_path, monkeypatch):
+@pytest.mark.parametrize("detector", ["net", "transformer"])
+def test_an_interrupted_run_goes_on_and_gives_the_same_bits(photo, detector, request, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PART", 8)
-    asked, scorer, four = entries([many(tmp_path/"images", 30, photo)]), open_scorer(net), run.Options(batch=4)
+    scorer, four = open_scorer(request.getfixturevalue(detector)), run.Options(batch=4, precision="no")
+    asked = entries([many(tmp_path/"images", 30, photo)])
     whole, _ = run.score_files(scorer, asked, tmp_path/"whole.parquet", four)
     original, seen = run.columns, []
     def stopping(*args):
@@ -294,6 +301,26 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bits(photo, net, tmp_path
     assert len(scored) == 14 and about["images"] == 30 # two parts were there
     assert (again.logit == whole.logit).all() and again.path.tolist() == whole.path.tolist()
     assert sorted(p.name for p in tmp_path.iterdir() if "again" in p.name) == ["again.parquet", "again.parquet.run.json"]
+
+
+def test_scores_of_other_code_are_another_run(photo, net, tmp_path, monkeypatch):
+    scorer, asked = open_scorer(net), entries([many(tmp_path/"images", 3, photo)])
+    run.score_files(scorer, asked, tmp_path/"o.csv")
+    monkeypatch.setattr(run, "source_hash", lambda *modules: "changed")
+    with pytest.raises(InputError, match="another run"): run.score_files(scorer, asked, tmp_path/"o.csv")
+
+
+@pytest.mark.parametrize("machine, like", [("x86_64", True), ("riscv64", False)])
+def test_matrices_are_laid_out_where_the_processor_is_known(transformer, photo, monkeypatch, machine, like):
+    "The way of multiplying is another, the logits are not."
+    scorer, images = open_scorer(transformer), [photo.crop((i, i, i + 90, i + 80)) for i in range(5)]
+    with torch.inference_mode():
+        plain = engine.logits_of(scorer, [engine.prepare(scorer, v).pixels[0] for v in images])
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    laid = not isinstance(engine.laid_out(scorer.detector), nullcontext)
+    assert laid == (like and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    found = [r.logit for r in engine.score(scorer, images, precision="no")]
+    assert np.abs(np.subtract(found, plain)).max() < 1e-6 and np.ptp(plain) > 1e-5
 
 
 def test_parts_of_another_run_are_not_taken(photo, net, tmp_path, monkeypatch):
@@ -418,12 +445,15 @@ def test_stability_says_unsure_where_a_verdict_flips(net, photo):
     assert said["spread"] > 0 and {f"score_{k}" for k in run.STABILITY} <= {*said}
 
 
-def test_half_precision_states_its_change(tmp_path, photo):
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported(): pytest.skip("no bf16 here")
-    torch.manual_seed(0)
-    from aigid_repro.commfor import model  # noqa: F401 - registers the network
-    save_detector(create("commfor-vit", size="mini", image=64, patch=8), tmp_path/"vit")
-    table, about = run.score_files(open_scorer(str(tmp_path/"vit")), entries([many(tmp_path/"images", 12, photo)]), tmp_path/"out")
+@pytest.mark.parametrize("native, meant", [(True, "bf16"), (False, "no")])
+def test_half_precision_is_for_processors_that_have_it(transformer, net, monkeypatch, native, meant):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    assert [engine.precision_for(open_scorer(v)) for v in (transformer, net)] == [meant, "no"]
+
+
+def test_half_precision_states_its_change(tmp_path, transformer, photo):
+    half = run.Options(precision="bf16")
+    table, about = run.score_files(open_scorer(transformer), entries([many(tmp_path/"images", 12, photo)]), tmp_path/"out", half)
     assert about["options"]["precision"] == "bf16" and 0 < about["precision_change"] < .05 and (table.precision == "bf16").all()
     assert f"by at most {about['precision_change']:.4f}" in run.summary(table, about)
 

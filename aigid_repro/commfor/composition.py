@@ -10,7 +10,6 @@ __all__ = ['TYPES', 'ORDER', 'LONG', 'EMBEDDED', 'PUBLIC', 'PART', 'PUBLIC_COLUM
            'figure_licences', 'evaluation_parts', 'figure_evaluation', 'figures', 'effects']
 
 # %% ../../nbs/commfor/01_composition.ipynb #6bfa4ee9
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from ..data.corpus import CorpusSettings
 from ..data.storage import InputError, digest, report_progress
 from ..detect.hub_generators import FAMILIES as HUB_FAMILIES
 from ..detect.results import reported
+from ..detect.studies import public_folder
 
 # %% ../../nbs/commfor/01_composition.ipynb #affaaadb
 TYPES = {"latent decoder": "LatDiff", "latent flow": "LatDiff", "pixel flow": "PixDiff", "noise flow": "PixDiff",
@@ -122,13 +122,6 @@ def from_parquet_columns(files:Sequence[Path], # parquet files
                                source=rows.origin, dataset=dataset), seed)
 
 # %% ../../nbs/commfor/01_composition.ipynb #d2ef3834
-def _folder()->Path:
-    "Where the public files lie."
-    remedy = "download the parquet files of OwensLab/CommunityForensics and set AIGID_DATA to their folder"
-    if not (place := os.environ.get("AIGID_DATA")): raise InputError(f"AIGID_DATA is not set: {remedy}")
-    if not Path(place).is_dir(): raise InputError(f"AIGID_DATA: {place} is not a folder; {remedy}")
-    return Path(place)
-
 def missing_shards(files:Sequence[Path])->int:
     "How many files of a numbered series (00000-of-00123) are not there."
     series = {}
@@ -139,9 +132,11 @@ def missing_shards(files:Sequence[Path])->int:
 def public_files(folder:Path|None=None, # default: AIGID_DATA
                 )->tuple[list[Path], bool]: # files, each image once; are they all?
     "Parquet files to be counted."
-    folder = folder or _folder()
+    folder = folder or public_folder()
+    remedy = "download the parquet files of OwensLab/CommunityForensics and set AIGID_DATA to their folder"
+    if not folder.is_dir(): raise InputError(f"{folder} is not a folder; {remedy}")
     found = sorted(folder.rglob("*.parquet"))
-    if not found: raise InputError(f"{folder}: holds no parquet file of OwensLab/CommunityForensics; AIGID_DATA names the folder")
+    if not found: raise InputError(f"{folder}: holds no parquet file; {remedy}")
     def named(word): return [f for f in found if word in f.relative_to(folder).as_posix().lower()]
     evaluation = next((files for word in ("publiceval", "compeval", "commercial") if (files := named(word))), [])
     training = named("systematic") + named("manual")
@@ -173,7 +168,7 @@ def run_study(settings:CompositionSettings, seed:int=0, jobs:int|None=None)->pd.
         from aigid_repro.detect.sweeps import worker_count
         return from_corpus(embedded.build_corpus(settings.corpus, jobs or worker_count()), seed)
     files, whole = public_files()
-    metadata = read_metadata(sorted(_folder().rglob("*metadata*.csv")))
+    metadata = read_metadata(sorted(public_folder().rglob("*metadata*.csv")))
     return from_parquet_columns(files, metadata, PUBLIC if whole else PART, seed)
 
 # %% ../../nbs/commfor/01_composition.ipynb #82b6e699

@@ -140,14 +140,14 @@ def laid_out(detector, device:str="cpu")->AbstractContextManager: # while it is 
     if not large or not possible: return nullcontext()
     layouts = {} # of a matrix in a precision
 
-    def multiplied(x, weight, bias=None):
+    def multiplied(input, weight, bias=None): # named as in torch
         halved = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if halved else torch.float32
-        if id(weight) not in large or x.ndim < 2 or x.dtype not in ((torch.float32, dtype) if halved else (torch.float32,)):
-            return linear(x, weight, bias)
+        if id(weight) not in large or input.ndim < 2 or input.dtype not in ((torch.float32, dtype) if halved else (torch.float32,)):
+            return linear(input, weight, bias)
         if (key := (id(weight), dtype)) not in layouts:
             layouts[key] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
-        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), layouts[key], None if bias is None else bias.to(dtype), "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(input.to(dtype), layouts[key], None if bias is None else bias.to(dtype), "none", [], "")
 
     class LaidOut(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..data.storage import InputError, atomic, digest, file_hash, report_progress
+from ..data.storage import InputError, atomic, digest, file_hash, report_progress, source_hash
 from .calibration import sigmoid
 from .engine import Row, Times, pixels_of, precision_for, score
 from .files import LIMIT, resaved
@@ -114,12 +114,13 @@ def table_of(parts:Iterable[pd.DataFrame])->pd.DataFrame:
     return table.drop(columns="label") if table.label.isna().all() else table
 
 def run_key(scorer:Scorer, entries:Sequence[Entry], options:Options)->str: # 16 hexadecimal digits
-    "Identity of a run: detector, options, files with their sizes and dates."
+    "Identity of a run: detector, code, options, files with their sizes and dates."
     def stat(path):
         try: s = path.stat()
         except (OSError, ValueError): return None
         return s.st_size, s.st_mtime_ns
-    return digest(scorer.key(), asdict(options), [(e.path, e.label, stat(e.file)) for e in entries])
+    code = source_hash("score.engine", "score.files", "detect.detector")
+    return digest(scorer.key(), code, asdict(options), [(e.path, e.label, stat(e.file)) for e in entries])
 
 def _aside(output:Path, key:str)->Path: return output.with_name(f".{output.name}.{key}.partial")
 
