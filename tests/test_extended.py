@@ -5,6 +5,7 @@ import shutil
 import warnings
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,7 +20,6 @@ from aigid_repro.detect.extended_world import Extended, extended, stamp
 from aigid_repro.detect.scoring import IMAGE_COLUMNS
 from aigid_repro.detect.studies import Training, as_run, embedded, parts, run_trainings
 
-diffusers = pytest.importorskip("diffusers")
 SIZES = dict(size=64, train=14, validation=6, test=8, per_family=4, members=1)
 QUICK = dict(detector="high-pass-cnn", steps=2, batch=4, crop=32)
 VAE = dict(block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"]*2, up_block_types=["UpDecoderBlock2D"]*2,

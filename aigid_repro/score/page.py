@@ -58,10 +58,10 @@ def overlay(image:Image.Image, heat:np.ndarray)->Image.Image: # RGB thumbnail
 
 # %% ../../nbs/score/09_page.ipynb #0e3b1047
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8888 }
+:root { color-scheme: light dark; --line: #8884 }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1400px; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem } dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 1rem 0 }
-dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
+dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
 .note { border-left: 4px solid #D55E00; padding: .4rem .8rem; margin: 1rem 0; background: #D55E0018 }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 1rem }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: .5rem; display: flex; flex-direction: column; gap: .4rem }
