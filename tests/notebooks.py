@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
+PRELOADED = ["torch", "torchvision", "timm", "pandas", "seaborn", "sklearn.linear_model", "nbdev.test"]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -54,11 +56,21 @@ def main() -> int:
     from nbdev.config import get_config
     from nbdev.test import test_nb
     skip = get_config(path=ROOT).tst_flags.split()
-    # workers are handed nbdev's function, not one of this file: a notebook takes the name __main__ in its process
-    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"),
-                             initializer=os.chdir, initargs=(ROOT / "nbs",)) as pool:
-        runs = [pool.submit(test_nb, path, skip, basepath=ROOT) for path in notebooks]
-    results = [(path.relative_to(ROOT).as_posix(), run.result()[0]) for path, run in zip(notebooks, runs)]
+    # Each notebook has a process of its own: what a notebook changes in the package (it registers its own copy of a
+    # detector, say) must not meet the next one. Libraries are imported once, and every process starts as a copy of that.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+
+    def passes(path: Path) -> bool:
+        # the process is handed nbdev's function, not one of this file: a notebook takes the name __main__ there
+        with ProcessPoolExecutor(1, mp_context=context, initializer=os.chdir, initargs=(ROOT / "nbs",)) as pool:
+            try: return pool.submit(test_nb, path, skip, basepath=ROOT).result()[0]
+            except BrokenProcessPool:
+                print(f"{path.name}: its process was killed; see whether memory is short")
+                return False
+
+    with ThreadPoolExecutor(WORKERS) as threads:
+        results = [(path.relative_to(ROOT).as_posix(), passed) for path, passed in zip(notebooks, threads.map(passes, notebooks))]
     for name, passed in results:
         if not passed: print(f"FAILED {name}")
     failed = sum(not passed for _, passed in results)
