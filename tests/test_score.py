@@ -445,13 +445,25 @@ def test_stability_says_unsure_where_a_verdict_flips(net, photo):
     assert said["spread"] > 0 and {f"score_{k}" for k in run.STABILITY} <= {*said}
 
 
-@pytest.mark.parametrize("native, meant", [(True, "bf16"), (False, "no")])
-def test_half_precision_is_for_processors_that_have_it(transformer, net, monkeypatch, native, meant):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+@pytest.mark.parametrize("machine, possible, native, meant", [
+    ("x86_64", True, True, "bf16"), ("x86_64", True, False, "no"), ("x86_64", False, True, "no"), ("aarch64", True, False, "bf16")])
+def test_half_precision_is_for_processors_that_have_it(transformer, net, monkeypatch, machine, possible, native, meant):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: possible)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"): monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
     assert [engine.precision_for(open_scorer(v)) for v in (transformer, net)] == [meant, "no"]
 
 
-def test_half_precision_states_its_change(tmp_path, transformer, photo):
+@pytest.mark.parametrize("possible", [True, False])
+def test_half_precision_states_its_change(tmp_path, transformer, photo, monkeypatch, possible):
+    "Also on a processor for which oneDNN has no products in half precision."
+    if not possible:
+        laid_out = torch.ops.mkldnn._reorder_linear_weight
+        def only_single(weight):
+            if weight.dtype != torch.float32: raise RuntimeError("the processor can't")
+            return laid_out(weight)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", only_single)
     half = run.Options(precision="bf16")
     table, about = run.score_files(open_scorer(transformer), entries([many(tmp_path/"images", 12, photo)]), tmp_path/"out", half)
     assert about["options"]["precision"] == "bf16" and 0 < about["precision_change"] < .05 and (table.precision == "bf16").all()

@@ -126,6 +126,7 @@ def _safely(scorer, prepared:list[Prepared], device:str, precision:str)->None:
 
 # %% ../../nbs/score/05_engine.ipynb #a065ba9a
 LARGE = 2**14 # numbers of a matrix that is worth it
+_X86 = "x86_64", "AMD64"
 
 def laid_out(detector, device:str="cpu")->AbstractContextManager: # while it is open, in this thread
     "Products with the detector's large matrices by oneDNN, from a layout made at first use."
@@ -135,15 +136,15 @@ def laid_out(detector, device:str="cpu")->AbstractContextManager: # while it is 
     from torch.nn.functional import linear
     from torch.overrides import TorchFunctionMode
     large = {id(p): p for p in detector.parameters() if p.ndim == 2 and p.numel() >= LARGE and p.dtype == torch.float32}
-    possible = (torch.device(device).type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    possible = (torch.device(device).type == "cpu" and platform.machine() in _X86
                 and hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
     if not large or not possible: return nullcontext()
     layouts = {} # of a matrix in a precision
+    kinds = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
 
     def multiplied(input, weight, bias=None): # named as in torch
-        halved = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if halved else torch.float32
-        if id(weight) not in large or input.ndim < 2 or input.dtype not in ((torch.float32, dtype) if halved else (torch.float32,)):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        if id(weight) not in large or input.ndim < 2 or dtype not in kinds or input.dtype not in (torch.float32, dtype):
             return linear(input, weight, bias)
         if (key := (id(weight), dtype)) not in layouts:
             layouts[key] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
@@ -177,6 +178,15 @@ def _ahead(pool:ThreadPoolExecutor, values:Iterable, work:Callable, number:int)-
         flying += size
     for done, _ in waiting: yield done.result()
 
+def _half_is_native()->bool:
+    "Whether the processor multiplies bfloat16 itself: oneDNN takes more processors, and emulates on the others."
+    import platform
+
+    import torch
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return False
+    asked = [f for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if (f := getattr(torch.cpu, name, None))]
+    return platform.machine() not in _X86 or not asked or any(f() for f in asked) # older versions of torch can't be asked
+
 def precision_for(scorer, precision:str="auto", device:str="cpu")->str: # no, bf16 or fp16
     "What `auto` means: half precision for transformers, where the processor multiplies it natively."
     import torch
@@ -185,7 +195,7 @@ def precision_for(scorer, precision:str="auto", device:str="cpu")->str: # no, bf
     on_cpu = torch.device(device).type == "cpu"
     if precision == "fp16" and on_cpu: raise InputError("precision fp16 needs a GPU; take bf16, auto or float32")
     if precision == "auto" and not scorer.attends(): return "no"
-    if precision == "auto" and on_cpu: return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+    if precision == "auto" and on_cpu: return "bf16" if _half_is_native() else "no"
     return precision_of(train_settings(precision=precision))
 
 @dataclass
