@@ -32,7 +32,10 @@ def records():
 
 def test_two_processes_train_what_one_trains(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = lambda *command: subprocess.run([sys.executable, *command], env=env, check=True, capture_output=True, timeout=300)
+    def run(*command):
+        done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
     run(SCRIPT, tmp_path/"one.safetensors")
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, tmp_path/"two.safetensors")
     one, two = load_file(tmp_path/"one.safetensors"), load_file(tmp_path/"two.safetensors")

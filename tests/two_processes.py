@@ -18,6 +18,10 @@ settings = train_settings(detector="commfor-vit", options=(("size", "mini"), ("i
                           crop=32, precision="no", resample=.5, noise=.5, jpeg=.5)
 log = []
 detector = train(settings, records, log=log)
-if PartialState().is_main_process:
+here = PartialState()
+if here.is_main_process:
     assert len(log) == settings.steps
     save_file(detector.state_dict(), sys.argv[1])
+# a process that ends while the other one still uses their connection may make it end with an error
+here.wait_for_everyone()
+here.destroy_process_group()
