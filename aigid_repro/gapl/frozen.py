@@ -19,17 +19,17 @@ from ..detect.detector import Detector
 from ..detect.training import AUGMENTATIONS, TrainSettings, device_of, half, named
 
 # %% ../../nbs/gapl/06_frozen.ipynb #0330ad31
-@torch.inference_mode()
 def encoded(detector:Detector, # with an `encoder`
             views:Sequence[np.ndarray], # uint8 (h, w, 3), all of one size
             precision:str="no", batch:int=64)->np.ndarray: # float32 (n, width)
     "Vectors of the encoder."
     device = device_of()
-    detector = detector.to(device, memory_format=torch.channels_last).eval()
+    detector = detector.to(device, memory_format=torch.channels_last).eval() # weights that move in inference mode can't learn any more
     out = []
     for i in range(0, len(views), batch):
-        x = detector.preprocess.tensor(torch.from_numpy(np.stack(views[i:i + batch])).to(device))
-        with half(device, precision): out.append(detector.encoder(x).float().cpu().numpy())
+        with torch.inference_mode():
+            x = detector.preprocess.tensor(torch.from_numpy(np.stack(views[i:i + batch])).to(device))
+            with half(device, precision): out.append(detector.encoder(x).float().cpu().numpy())
     return np.concatenate(out)
 
 def _weights(encoder:nn.Module)->str:
@@ -69,7 +69,7 @@ def image_features(detector:Detector, images:Callable[[], Sequence[np.ndarray]],
     def make(): return encoded(detector, [detector.preprocess.pixels(v) for v in images()], precision)
     return stored(detector, (key, str(detector.preprocess), precision), make)
 
-# %% ../../nbs/gapl/06_frozen.ipynb #8f9cccc1
+# %% ../../nbs/gapl/06_frozen.ipynb #666a17ce
 def fit(forward:Callable[[Tensor], Tensor], # vectors (b, width) -> logits (b,)
         weights:Iterable[nn.Parameter], features:np.ndarray, # (views, n, width)
         labels:np.ndarray, # (n,)
@@ -92,12 +92,12 @@ def fit(forward:Callable[[Tensor], Tensor], # vectors (b, width) -> logits (b,)
         losses.append(loss.item())
     return losses
 
-# %% ../../nbs/gapl/06_frozen.ipynb #c5ee209c
-@torch.inference_mode()
+# %% ../../nbs/gapl/06_frozen.ipynb #e0f79655
 def logits_of(detector:Detector, features:np.ndarray # of the encoder, (n, width)
              )->np.ndarray: # float32 (n,)
     "Logits without another look at the images."
-    return detector.cpu().eval().from_encoder(torch.from_numpy(features)).float().numpy()
+    detector = detector.cpu().eval()
+    with torch.inference_mode(): return detector.from_encoder(torch.from_numpy(features)).float().numpy()
 
 def score_frozen(detector:Detector, world, # the embedded corpus
                  precision:str="no")->pd.DataFrame: # predictions on validation and test images
