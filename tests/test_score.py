@@ -255,7 +255,7 @@ def test_spai_like_the_official_command(spai_weights, four_heads, tmp_path, caps
 def test_gapl_and_gensign_like_their_own_evaluation(four_heads, tmp_path):
     "Files in the official form, through the detector's own preprocessing and network, whose parity other tests show."
     gapl = fill(json.loads((PARITY/"gapl"/"spec_small.json").read_text()))
-    for name, factor in (("cross_attention.in_proj_weight", 12), ("fc.weight", 30)): gapl[name] *= factor # so that images differ
+    for name, factor in (("cross_attention.in_proj_weight", 12), ("fc.weight", 10)): gapl[name] *= factor # so that images differ
     with np.load(PARITY/"gapl"/"official_prototypes.npz") as f: prototypes = torch.from_numpy(f["pca_3type_num64"])
     torch.save({"model": gapl, "prototype": prototypes}, tmp_path/"gapl.pt")
     torch.save({"model": fill(json.loads((PARITY/"gensign"/"spec_dual_tiny.json").read_text()))}, tmp_path/"gensign.pth")
@@ -265,7 +265,7 @@ def test_gapl_and_gensign_like_their_own_evaluation(four_heads, tmp_path):
             x = [scorer.detector.preprocess(Image.open(f))[None] for f in files]
             want = [scorer.detector.eval()(v)[0].item() for v in x]
         got = [r.logit for r in engine.score(scorer, files, precision="no")]
-        assert np.allclose(got, want, rtol=LIMIT, atol=LIMIT) and np.ptp(want) > 10*LIMIT, name
+        assert np.abs(np.subtract(got, want)).max() < LIMIT and np.ptp(want) > 10*LIMIT, name
 
 
 # runs
